@@ -1,0 +1,272 @@
+"""Ops and kernels: what an op means, the ways to compute it, and how one is chosen.
+
+An `Op` is a meaning: a schema and a float64-capable reference. A `Kernel` is one way to compute an op
+on some device; it lives in `kernels/<backend>/<op>.py` as an entry of that module's `KERNELS`. `select`
+takes the first kernel that accepts the arguments and keeps the reason of each one that does not.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import pkgutil
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from types import ModuleType
+from typing import Any
+
+import torch
+
+import dsopt.kernels
+
+LIBRARY = torch.library.Library("dsopt", "DEF")
+ENTRY_POINT_GROUP = "dsopt.kernels"
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """The meaning of one `dsopt::` operator.
+
+    name: the operator's name in `torch.ops.dsopt`.
+    schema: argument list and returns in torch's schema language, without the name.
+    reference: plain PyTorch, one formula, right in every float dtype; never returns a view of an input.
+    samples: `samples(device, dtype)` yields tuples of arguments that cover the op's corners.
+    tolerance: dtype -> largest relative L2 error of a kernel against the reference in float64.
+    """
+
+    name: str
+    schema: str
+    reference: Callable[..., Any]
+    samples: Callable[[torch.device, torch.dtype], Iterator[tuple]]
+    tolerance: Mapping[torch.dtype, float] = field(
+        default_factory=lambda: {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+    )
+
+    def __post_init__(self):
+        qualname = f"dsopt::{self.name}"
+        LIBRARY.define(self.name + self.schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(qualname, self.reference, lib=LIBRARY)
+        torch.library.register_autograd(
+            qualname, self._backward, setup_context=_save_inputs, lib=LIBRARY
+        )
+
+    @property
+    def overload(self) -> torch._ops.OpOverload:
+        """The callable that stands in graphs: `torch.ops.dsopt.<name>.default`."""
+        return getattr(torch.ops.dsopt, self.name).default
+
+    def bind(self, args: tuple, kwargs: Mapping[str, Any] | None = None) -> tuple:
+        """All arguments in the schema's order, defaults filled in."""
+        kwargs = dict(kwargs or {})
+        bound = list(args)
+        for argument in self.overload._schema.arguments[len(bound) :]:
+            bound.append(kwargs.pop(argument.name, argument.default_value))
+        if kwargs:
+            raise TypeError(f"dsopt::{self.name} has no argument {', '.join(map(repr, kwargs))}")
+        return tuple(bound)
+
+    def _run(self, *args, **kwargs):
+        bound = self.bind(args, kwargs)
+        return select(self, bound).fn(*bound)
+
+    def _backward(self, ctx, *grads):
+        # recomputes through the reference: training speed is not what these ops are for, right gradients are
+        leaves = [x.detach().requires_grad_(x.requires_grad) for x in ctx.saved_tensors]
+        tensors = iter(leaves)
+        args = ctx.rebuild(lambda: next(tensors))
+        with torch.enable_grad():
+            out = self.reference(*self.bind(args))
+        outs = tuple(out) if isinstance(out, (tuple, list)) else (out,)
+        flat = grads[0] if len(grads) == 1 and isinstance(grads[0], (tuple, list)) else grads
+        pairs = [(o, g) for o, g in zip(outs, flat, strict=True) if g is not None and o.requires_grad]
+        wanted = [x for x in leaves if x.requires_grad]
+        found = iter(
+            torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
+            if pairs and wanted
+            else [None] * len(wanted)
+        )
+        by_leaf = iter([next(found) if x.requires_grad else None for x in leaves])
+        return ctx.rebuild(lambda: next(by_leaf), other=None)
+
+
+def _save_inputs(ctx, inputs, output):
+    spec = [
+        ("list", [isinstance(y, torch.Tensor) for y in x], list(x))
+        if isinstance(x, (list, tuple)) and any(isinstance(y, torch.Tensor) for y in x)
+        else ("tensor", None, None)
+        if isinstance(x, torch.Tensor)
+        else ("plain", None, x)
+        for x in inputs
+    ]
+    tensors = []
+    for (kind, is_tensor, _), x in zip(spec, inputs, strict=True):
+        if kind == "tensor":
+            tensors.append(x)
+        elif kind == "list":
+            tensors += [y for y, t in zip(x, is_tensor, strict=True) if t]
+    spec = [
+        (kind, flags, [None if t else y for t, y in zip(flags, value, strict=True)] if kind == "list" else value)
+        for kind, flags, value in spec
+    ]
+    keep = object()
+
+    def rebuild(take: Callable[[], Any], other: Any = keep) -> tuple:
+        """The argument tuple with `take()` in each tensor's place, and `other` (or the value) elsewhere."""
+        args = []
+        for kind, flags, value in spec:
+            if kind == "tensor":
+                args.append(take())
+            elif kind == "list":
+                args.append([take() if t else y for t, y in zip(flags, value, strict=True)])
+            else:
+                args.append(value if other is keep else other)
+        return tuple(args)
+
+    ctx.save_for_backward(*tensors)
+    ctx.rebuild = rebuild
+
+
+def _accept(*args) -> None:
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """One way to compute an op.
+
+    op: name of the op.
+    backend: who computes it: `cpu`, `torch`, `numba`, `triton`, `cuda`, or a third party's word.
+    plan: `plan(*args)` is called once per graph with the op's arguments (fake tensors in a compiled graph)
+        and returns the callable `fn(*args)` that computes the op. It looks at static facts only: device,
+        dtype, static sizes. `fn` may pick among variants by the number of tokens of each call. If `fn` has a
+        method `refresh()`, `dsopt.refresh` calls it after weights were changed behind autograd's back.
+    check: `check(*args)` returns None, or the reason the kernel refuses. Static facts only, as for `plan`.
+    device: the device type it runs on; None for any.
+    dtypes: dtypes of the first argument it accepts; empty for any.
+    priority: kernels are tried from the highest to the lowest.
+    name: what the report calls it.
+    """
+
+    op: str
+    backend: str
+    plan: Callable[..., Callable]
+    check: Callable[..., str | None] = _accept
+    device: str | None = None
+    dtypes: frozenset[torch.dtype] = frozenset()
+    priority: int = 0
+    name: str = ""
+
+    @property
+    def label(self) -> str:
+        return f"{self.backend}.{self.name or self.op}"
+
+    def refuses(self, args: tuple) -> str | None:
+        """None when the kernel takes these arguments, else why not."""
+        first = next(x for x in args if isinstance(x, torch.Tensor))
+        if self.device is not None and first.device.type != self.device:
+            return f"needs device {self.device}, got {first.device.type}"
+        if self.dtypes and first.dtype not in self.dtypes:
+            known = ", ".join(sorted(str(d).removeprefix("torch.") for d in self.dtypes))
+            return f"needs dtype {known}, got {str(first.dtype).removeprefix('torch.')}"
+        return self.check(*args)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why one kernel was not taken."""
+
+    kernel: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The kernel taken for a set of arguments, its planned callable, and every kernel refused before it."""
+
+    kernel: Kernel
+    fn: Callable
+    refused: tuple[Refusal, ...]
+
+
+def backends() -> tuple[str, ...]:
+    """Names of the backends in this tree and of installed third-party ones, `reference` last."""
+    own = [m.name for m in pkgutil.iter_modules(dsopt.kernels.__path__) if m.ispkg]
+    return (*sorted({*own, *(e.name for e in entry_points(group=ENTRY_POINT_GROUP))}), REFERENCE)
+
+
+@functools.cache
+def kernels(op_name: str) -> tuple[tuple[Kernel, ...], tuple[Refusal, ...]]:
+    """All kernels of an op, highest priority first, and the files that failed to import with the reason.
+
+    Kernels are the `KERNELS` of `dsopt.kernels.<backend>.<op>` and of each module named by an entry point
+    of group `dsopt.kernels`.
+    """
+    found: list[Kernel] = []
+    broken: list[Refusal] = []
+
+    def take(label: str, load: Callable[[], ModuleType]) -> None:
+        try:
+            found.extend(k for k in load().KERNELS if k.op == op_name)
+        except Exception as error:  # an optional dependency that is absent or broken is a reason, not a crash
+            broken.append(Refusal(label, f"import failed: {type(error).__name__}: {error}"))
+
+    for backend in pkgutil.iter_modules(dsopt.kernels.__path__):
+        path = [os.path.join(root, backend.name) for root in dsopt.kernels.__path__]
+        if any(m.name == op_name for m in pkgutil.iter_modules(path)):
+            module = f"dsopt.kernels.{backend.name}.{op_name}"
+            take(f"{backend.name}.{op_name}", functools.partial(importlib.import_module, module))
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        take(f"{entry.name}.{op_name}", entry.load)
+
+    labels = [k.label for k in found]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ValueError(f"two kernels of op {op_name} are called {label}; give one of them another name")
+    return tuple(sorted(found, key=lambda k: -k.priority)), tuple(broken)
+
+
+def disabled_backends() -> frozenset[str]:
+    """Backends named in the environment variable `DSOPT_DISABLE`, separated by commas.
+
+    Raises ValueError for a name that is no backend.
+    """
+    names = frozenset(filter(None, os.environ.get("DSOPT_DISABLE", "").split(",")))
+    known = set(backends()) - {REFERENCE}
+    if unknown := names - known:
+        raise ValueError(f"DSOPT_DISABLE names {sorted(unknown)}; known backends: {sorted(known)}")
+    return names
+
+
+def select(op: Op, args: tuple, prefer: str | None = None, disabled: Collection[str] | None = None) -> Selection:
+    """The kernel for these arguments: the preferred backend first, then by priority, the reference last.
+
+    args: the op's arguments as `Op.bind` orders them, real or fake.
+    prefer: a backend to try first.
+    disabled: backends not to use; by default those of `DSOPT_DISABLE`.
+    """
+    disabled = disabled_backends() if disabled is None else disabled
+    candidates, broken = kernels(op.name)
+    if prefer is not None:
+        candidates = tuple(sorted(candidates, key=lambda k: k.backend != prefer))
+    refused = list(broken)
+    if prefer != REFERENCE:
+        for kernel in candidates:
+            reason = "disabled by DSOPT_DISABLE" if kernel.backend in disabled else kernel.refuses(args)
+            if reason is None:
+                return Selection(kernel, kernel.plan(*args), tuple(refused))
+            refused.append(Refusal(kernel.label, reason))
+    reference = Kernel(op.name, REFERENCE, plan=lambda *_: op.reference)
+    return Selection(reference, op.reference, tuple(refused))
+
+
+def explain(op: Op, *args) -> list[tuple[str, str]]:
+    """One (kernel, verdict) pair per kernel for these arguments; the verdict is "accepts" or the refusal."""
+    bound = op.bind(args)
+    candidates, broken = kernels(op.name)
+    rows = [(r.kernel, r.reason) for r in broken]
+    rows += [(k.label, k.refuses(bound) or "accepts") for k in candidates]
+    return [*rows, (f"{REFERENCE}.{op.name}", "accepts")]

@@ -1,0 +1,9 @@
+"""Every `dsopt::` op. `OPS` maps the op's name to its record; a new op is one `Op` and one word here."""
+
+from dsopt.op import Op
+from dsopt.ops.attention import mla_attention
+from dsopt.ops.linear import gated_mlp, multi_linear
+from dsopt.ops.norm import add_rms_norm, rms_norm
+from dsopt.ops.rope import rope
+
+OPS: dict[str, Op] = {op.name: op for op in (rms_norm, add_rms_norm, rope, multi_linear, gated_mlp, mla_attention)}

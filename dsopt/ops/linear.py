@@ -1,0 +1,77 @@
+"""Linear layers that share their input, and the gated MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.nn import functional as F
+
+from dsopt.op import Op
+from dsopt.testing import rand
+
+
+def multi_linear_reference(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
+) -> list[torch.Tensor]:
+    """[x @ w.T + b for each weight and bias]: sibling projections of one input, read in one sweep.
+
+    x (..., in_features); weights[i] (out_features_i, in_features); biases[i] (out_features_i,) or None, one
+    per weight. The weights stay where they are: nothing is concatenated.
+    """
+    return [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
+
+
+def gated_mlp_reference(
+    x: torch.Tensor,
+    w_gate: torch.Tensor,
+    w_up: torch.Tensor,
+    w_down: torch.Tensor,
+    b_gate: torch.Tensor | None = None,
+    b_up: torch.Tensor | None = None,
+    b_down: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """(silu(x @ w_gate.T + b_gate) * (x @ w_up.T + b_up)) @ w_down.T + b_down.
+
+    x (..., hidden); w_gate and w_up (intermediate, hidden); w_down (hidden_out, intermediate).
+    Source: Shazeer, arXiv 2002.05202 (SwiGLU).
+    """
+    return F.linear(F.silu(F.linear(x, w_gate, b_gate)) * F.linear(x, w_up, b_up), w_down, b_down)
+
+
+def _multi_linear_samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple]:
+    r = rand(device, dtype)
+
+    def w(n, k):
+        return r(n, k) * k**-0.5
+
+    for shape, widths in (((1, 1, 64), (48, 48)), ((2, 3, 33), (7, 1, 50)), ((5, 128), (16,)), ((0, 16), (8, 8))):
+        k = shape[-1]
+        yield r(*shape), [w(n, k) for n in widths], [None] * len(widths)
+        yield r(*shape), [w(n, k) for n in widths], [None, *(r(n) for n in widths[1:])]
+    yield r(3, 2, 40)[:, 1], [w(24, 80)[:, ::2], w(40, 9).T], [r(24), None]
+
+
+def _gated_mlp_samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple]:
+    r = rand(device, dtype)
+    for shape, inner, out in (((1, 1, 64), 96, 64), ((2, 3, 33), 17, 5), ((300, 16), 40, 16), ((0, 16), 8, 16)):
+        k = shape[-1]
+        w = (r(inner, k) * k**-0.5, r(inner, k) * k**-0.5, r(out, inner) * inner**-0.5)
+        yield (r(*shape), *w)
+        yield (r(*shape), *w, r(inner), r(inner), r(out))
+    yield (r(2, 48)[:, ::2], *(r(12, 24), r(12, 24), r(12, 24).T))
+
+
+multi_linear = Op(
+    name="multi_linear",
+    schema="(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]",
+    reference=multi_linear_reference,
+    samples=_multi_linear_samples,
+)
+gated_mlp = Op(
+    name="gated_mlp",
+    schema="(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, Tensor? b_gate=None, Tensor? b_up=None, "
+    "Tensor? b_down=None) -> Tensor",
+    reference=gated_mlp_reference,
+    samples=_gated_mlp_samples,
+)
