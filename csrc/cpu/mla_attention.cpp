@@ -1,0 +1,432 @@
+// Latent attention for few new tokens, in the absorbed form: the cache is read as it is.
+//
+//   query[h]  = scale * cat(q_nope[h] @ w_uk[h], q_rope[h])
+//   score[t]  = <query[h], cat(latent[t], k_rope[t])> + mask[t]
+//   out[h]    = w_uv[h] @ (sum_t softmax(score)[t] latent[t])
+//
+// Keys are taken in splits of kSplit, and these in chunks of kChunk that are widened to float32 once for a
+// group of rows (a row is one head of one new token) and used for scores and sums while in cache. Each
+// split gives a partial (maximum, sum of weights, weighted sum of latents) per row; partials are merged in
+// the order of the keys. What a row's answer is made of is fixed by its keys alone, so it does not depend
+// on the number of threads, on the batch, or on how long the buffer behind the visible keys is.
+#include "dsopt/kernels.h"
+#include "dsopt/parallel.h"
+#include "dsopt/simd.h"
+#include "dsopt/tiles.h"
+
+namespace dsopt::DSOPT_VARIANT {
+namespace {
+
+constexpr int64_t kChunk = 64;
+constexpr int64_t kSplit = 512;
+constexpr int64_t kGroup = 32;
+constexpr int64_t kPad = 16;
+
+// what a query's mask says of all its keys
+enum : uint8_t {
+  kDead,     // hides all of them: the answer is zero
+  kNormal,   // values at or below `hidden` hide a key
+  kLiteral,  // no value above `hidden`: only -infinity hides, the rest is added as it is
+};
+
+struct Partial {
+  float* maximum;  // [row]
+  float* total;    // [row]
+  float* sum;      // [row][rank_pad]
+};
+
+struct Layout {
+  int64_t rows, groups, chunks, splits, slots;
+  int64_t rank_pad, rope_pad, depth, stride;  // a widened key or query: latent, zeros, rope, zeros, unused
+};
+
+template <class T>
+struct Attention {
+  const MlaAttention& a;
+  Layout l;
+  int threads;
+
+  float* queries;    // [batch][groups * kGroup][stride]
+  float* partials;   // [batch][groups][slots][kGroup][2 + rank_pad]
+  uint8_t* kinds;    // [batch][tokens]
+  uint8_t* visible;  // [batch][tokens][chunks]
+  float* private_memory;
+  int64_t private_size;
+
+  explicit Attention(const MlaAttention& args) : a(args) {
+    l.rows = a.heads * a.tokens;
+    l.groups = (l.rows + kGroup - 1) / kGroup;
+    l.chunks = (a.cached + kChunk - 1) / kChunk;
+    l.splits = (a.cached + kSplit - 1) / kSplit;
+    l.rank_pad = round_up(a.rank, kPad);
+    l.rope_pad = round_up(a.rope, kPad);
+    l.depth = l.rank_pad + l.rope_pad;
+    // an odd number of cache lines, so that a column of the block spreads over all sets of the cache
+    l.stride = l.depth + (l.depth / kPad % 2 ? 0 : kPad);
+    threads = team_size(a.batch * l.rows * (a.rank * (a.nope + a.value) + a.cached * (a.rank + l.depth)));
+    // with enough rows for all threads each item takes all splits in turn, and only merged partials are kept
+    l.slots = a.batch * l.groups >= 2 * threads ? 1 : l.splits;
+
+    const int64_t queries_size = a.batch * l.groups * kGroup * l.stride;
+    const int64_t partials_size = a.batch * l.groups * l.slots * kGroup * (2 + l.rank_pad);
+    const int64_t flags_size = round_up(a.batch * a.tokens * (1 + l.chunks), 64) / 4;
+    const int64_t value_pad = round_up(a.value, kPad);
+    const int64_t block = kChunk * l.stride + kGroup * kChunk + kGroup * (2 + l.rank_pad) + kGroup + kChunk;
+    const int64_t heads = kDotRows * (round_up(a.nope, kPad) + l.rank_pad + value_pad + 1);
+    private_size = round_up(block > heads ? block : heads, kPad);
+    const int64_t floats = queries_size + partials_size + flags_size + threads * private_size;
+    queries = static_cast<float*>(scratch(static_cast<unsigned long>(floats) * sizeof(float)));
+    partials = queries + queries_size;
+    private_memory = partials + partials_size;
+    kinds = reinterpret_cast<uint8_t*>(private_memory + threads * private_size);
+    visible = kinds + a.batch * a.tokens;
+    // rows that only fill up a tile: their results are not read, but should not be slow subnormals either
+    for (int64_t b = 0; b < a.batch; ++b) {
+      for (int64_t row = l.rows; row < round_up(l.rows, kSumRows); ++row) {
+        for (int64_t i = 0; i < l.depth; ++i) query(b, row)[i] = 0.0f;
+      }
+    }
+  }
+
+  float* query(int64_t b, int64_t row) const { return queries + (b * l.groups * kGroup + row) * l.stride; }
+
+  Partial partial(int64_t b, int64_t group, int64_t slot) const {
+    return partial_at(partials + ((b * l.groups + group) * l.slots + slot) * kGroup * (2 + l.rank_pad));
+  }
+
+  Partial partial_at(float* p) const { return {p + kGroup * l.rank_pad, p + kGroup * (l.rank_pad + 1), p}; }
+
+  int64_t rows_of(int64_t group) const { return min(kGroup, l.rows - group * kGroup); }
+
+  int64_t keys_of(int64_t token) const { return a.causal ? min(a.cached, token + 1) : a.cached; }
+
+  // queries of one head: absorbs w_uk, scales, appends the rotary part and the zero padding
+  void make_queries(int64_t head, float* memory) const {
+    int64_t at = 0;
+    const int64_t count = a.batch * a.tokens;
+    for (; at + kDotRows <= count; at += kDotRows) make_query_tile<kDotRows>(head, at, memory);
+    for (; at < count; ++at) make_query_tile<1>(head, at, memory);
+  }
+
+  template <int ROWS>
+  void make_query_tile(int64_t head, int64_t first, float* nope) const {
+    const int64_t nope_pad = round_up(a.nope, kPad);
+    const float keep[4] = {};
+    float* out[4];
+    for (int i = 0; i < ROWS; ++i) {
+      const int64_t b = (first + i) / a.tokens, s = (first + i) % a.tokens;
+      const T* q = static_cast<const T*>(a.q_nope.data) + b * a.q_nope.stride0 + head * a.q_nope.stride1 +
+                   s * a.q_nope.stride2;
+      for (int64_t d = 0; d < a.nope; ++d) nope[i * nope_pad + d] = to_float(q[d]) * a.scale;
+      const T* r = static_cast<const T*>(a.q_rope.data) + b * a.q_rope.stride0 + head * a.q_rope.stride1 +
+                   s * a.q_rope.stride2;
+      out[i] = query(b, s * a.heads + head);
+      for (int64_t c = 0; c < l.depth; ++c) out[i][c] = 0.0f;
+      for (int64_t d = 0; d < a.rope; ++d) out[i][l.rank_pad + d] = to_float(r[d]) * a.scale;
+    }
+    const T* w = static_cast<const T*>(a.w_uk.data) + head * a.w_uk.stride0;
+    constexpr int vecs = ROWS == 1 ? 4 * kSumVecs : (ROWS == 2 ? 4 : kSumVecs);
+    sum_rows<ROWS, vecs>(nope, nope_pad, a.nope, w, a.w_uk.stride1, a.rank, keep, out);
+  }
+
+  // the largest mask value of n > 0 keys
+  template <class M>
+  static float largest(const M* p, int64_t n) {
+    Vec best = splat(-kInfinity);
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) best = max(load(p + i), best);
+    float m = max(best);
+    for (; i < n; ++i) m = max(to_float(p[i]), m);
+    return m;
+  }
+
+  static float largest(const uint8_t* p, int64_t n) {
+    uint8_t any = 0;
+    for (int64_t i = 0; i < n; ++i) any |= p[i];
+    return any ? 0.0f : -kInfinity;
+  }
+
+  // for query (b, s): the kind of its mask, and of each chunk whether it has a visible key
+  template <class M>
+  void scan_mask(int64_t b, int64_t s) const {
+    const M* mask = static_cast<const M*>(a.mask.data) + b * a.mask.stride0 + s * a.mask.stride1;
+    uint8_t* flags = visible + (b * a.tokens + s) * l.chunks;
+    const int64_t keys = keys_of(s);
+    float best = -kInfinity;
+    for (int64_t c = 0; c < l.chunks; ++c) {
+      const int64_t first = c * kChunk, n = min(kChunk, keys - first);
+      const float m = n > 0 ? largest(mask + first, n) : -kInfinity;
+      flags[c] = m > a.hidden ? 2 : m > -kInfinity;
+      best = max(m, best);
+    }
+    const uint8_t kind = best > a.hidden ? kNormal : best > -kInfinity ? kLiteral : kDead;
+    for (int64_t c = 0; c < l.chunks; ++c) flags[c] = kind == kNormal ? flags[c] == 2 : flags[c];
+    kinds[b * a.tokens + s] = kind;
+  }
+
+  void scan(int64_t b, int64_t s) const {
+    switch (a.mask_kind) {
+      case Mask::none: {
+        const int64_t keys = keys_of(s);
+        uint8_t* flags = visible + (b * a.tokens + s) * l.chunks;
+        for (int64_t c = 0; c < l.chunks; ++c) flags[c] = c * kChunk < keys;
+        kinds[b * a.tokens + s] = keys > 0 ? kNormal : kDead;
+        return;
+      }
+      case Mask::boolean: return scan_mask<uint8_t>(b, s);
+      case Mask::float32: return scan_mask<float>(b, s);
+      case Mask::bfloat16: return scan_mask<Bf16>(b, s);
+    }
+  }
+
+  // what is added to the scores of query (b, s) for keys first .. first + kChunk
+  void make_bias(int64_t b, int64_t s, int64_t first, float* bias) const {
+    const uint8_t kind = kinds[b * a.tokens + s];
+    const int64_t n = kind == kDead ? 0 : max(int64_t{0}, min(kChunk, keys_of(s) - first));
+    const int64_t at = b * a.mask.stride0 + s * a.mask.stride1 + first;
+    for (int64_t i = 0; i < n; ++i) {
+      float m = 0.0f;
+      if (a.mask_kind == Mask::boolean) m = static_cast<const uint8_t*>(a.mask.data)[at + i] ? 0.0f : -kInfinity;
+      if (a.mask_kind == Mask::float32) m = static_cast<const float*>(a.mask.data)[at + i];
+      if (a.mask_kind == Mask::bfloat16) m = to_float(static_cast<const Bf16*>(a.mask.data)[at + i]);
+      bias[i] = kind == kNormal && m <= a.hidden ? -kInfinity : m;
+    }
+    for (int64_t i = n; i < kChunk; ++i) bias[i] = -kInfinity;
+  }
+
+  static void widen_row(const T* from, int64_t n, float* to, int64_t padded) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
+    if (i < n) store(to + i, load_some(from + i, n - i));
+    for (i = round_up(n, kLanes); i < padded; i += kLanes) store(to + i, Vec{});
+  }
+
+  const T* latent(int64_t b, int64_t t) const {
+    return static_cast<const T*>(a.latent.data) + b * a.latent.stride0 + t * a.latent.stride1;
+  }
+
+  const T* k_rope(int64_t b, int64_t t) const {
+    return static_cast<const T*>(a.k_rope.data) + b * a.k_rope.stride0 + t * a.k_rope.stride1;
+  }
+
+  // keys first .. first + n as float32 rows, then zero rows up to a multiple of kDotKeys
+  void widen(int64_t b, int64_t first, int64_t n, float* block) const {
+    for (int64_t t = 0; t < n; ++t) {
+      widen_row(latent(b, first + t), a.rank, block + t * l.stride, l.rank_pad);
+      widen_row(k_rope(b, first + t), a.rope, block + t * l.stride + l.rank_pad, l.rope_pad);
+    }
+    for (int64_t t = n; t < round_up(n, kDotKeys); ++t) {
+      for (int64_t i = 0; i < l.depth; i += kLanes) store(block + t * l.stride + i, Vec{});
+    }
+  }
+
+  void prefetch(int64_t b, int64_t first, int64_t n) const {
+    constexpr int64_t line = 64 / sizeof(T);
+    for (int64_t t = first; t < min(first + n, a.cached); ++t) {
+      for (int64_t i = 0; i < a.rank; i += line) __builtin_prefetch(latent(b, t) + i, 0, 2);
+      for (int64_t i = 0; i < a.rope; i += line) __builtin_prefetch(k_rope(b, t) + i, 0, 2);
+    }
+  }
+
+  bool any_visible(int64_t b, int64_t group, int64_t chunk) const {
+    const int64_t last = (group * kGroup + rows_of(group) - 1) / a.heads;
+    for (int64_t s = group * kGroup / a.heads; s <= last; ++s) {
+      if (visible[(b * a.tokens + s) * l.chunks + chunk]) return true;
+    }
+    return false;
+  }
+
+  // one row's scores of a chunk become weights, relative to the row's maximum so far; returns how much of
+  // its earlier sums to keep
+  static float soften(float* score, const float* bias, float* maximum, float* total) {
+    constexpr int count = kChunk / kLanes;
+    Vec v[count];
+    Vec best = splat(*maximum);
+    for (int j = 0; j < count; ++j) {
+      v[j] = load(score + j * kLanes);
+      if (bias) {
+        // a hidden key's score may be anything, behind the last key even memory that was never written
+        const Vec add = load(bias + j * kLanes);
+        v[j] = add == -kInfinity ? add : v[j] + add;
+      }
+      best = max(v[j], best);
+    }
+    const float m = max(best);
+    if (m == -kInfinity) {
+      for (int j = 0; j < count; ++j) store(score + j * kLanes, Vec{});
+      return 1.0f;
+    }
+    Vec sums = {};
+    for (int j = 0; j < count; ++j) {
+      v[j] = exp_nonpositive(v[j] - m);
+      sums += v[j];
+      store(score + j * kLanes, v[j]);
+    }
+    const float keep = exp_nonpositive(splat(*maximum - m))[0];
+    *total = *total * keep + sum(sums);
+    *maximum = m;
+    return keep;
+  }
+
+  void attend_chunk(int64_t b, int64_t group, int64_t chunk, int64_t next, Partial p, float* memory) const {
+    float* block = memory;
+    float* scores = block + kChunk * l.stride;
+    float* keep = scores + kGroup * kChunk;
+    float* bias = keep + kGroup;
+    const int64_t rows = rows_of(group), padded = round_up(rows, kSumRows);
+    const int64_t first = chunk * kChunk, n = min(kChunk, a.cached - first);
+    const float* q = query(b, group * kGroup);
+
+    widen(b, first, n, block);
+    for (int64_t t = 0; t < n; t += kDotKeys) {
+      if (next >= 0) prefetch(b, next * kChunk + t, kDotKeys);
+      const float* k = block + t * l.stride;
+      const float* keys[4] = {k, k + l.stride, k + 2 * l.stride, k + 3 * l.stride};
+      for (int64_t r = 0; r < padded; r += kDotRows) {
+        dot_tile<kDotRows>(q + r * l.stride, l.stride, keys, l.depth, scores + r * kChunk + t, kChunk);
+      }
+    }
+
+    const bool masked = a.mask_kind != Mask::none || a.causal || n < kChunk;
+    int64_t token = -1;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t s = (group * kGroup + r) / a.heads;
+      if (masked && s != token) make_bias(b, token = s, first, bias);
+      keep[r] = soften(scores + r * kChunk, masked ? bias : nullptr, p.maximum + r, p.total + r);
+    }
+    for (int64_t r = rows; r < padded; ++r) keep[r] = 0.0f;
+
+    for (int64_t c = 0; c < l.rank_pad; c += kSumVecs * kLanes) {
+      const int64_t width = min(kSumVecs * kLanes, l.rank_pad - c);
+      for (int64_t r = 0; r < padded; r += kSumRows) {
+        float* o = p.sum + r * l.rank_pad + c;
+        float* const out[4] = {o, o + l.rank_pad, o + 2 * l.rank_pad, o + 3 * l.rank_pad};
+        sum_rows<kSumRows, kSumVecs>(scores + r * kChunk, kChunk, n, block + c, l.stride, width, keep + r, out);
+      }
+    }
+  }
+
+  void clear(Partial p) const {
+    for (int64_t r = 0; r < kGroup; ++r) p.maximum[r] = -kInfinity, p.total[r] = 0.0f;
+  }
+
+  // fills p from the visible chunks of one split; p.sum is left as it was if there is none
+  void attend_split(int64_t b, int64_t group, int64_t split, Partial p, float* memory) const {
+    int64_t chunks[kSplit / kChunk + 1];
+    int count = 0;
+    const int64_t end = min(l.chunks, (split + 1) * (kSplit / kChunk));
+    for (int64_t c = split * (kSplit / kChunk); c < end; ++c) {
+      if (any_visible(b, group, c)) chunks[count++] = c;
+    }
+    chunks[count] = -1;
+    clear(p);
+    if (count == 0) return;
+    for (int64_t i = 0; i < round_up(rows_of(group), kSumRows) * l.rank_pad; ++i) p.sum[i] = 0.0f;
+    for (int i = 0; i < count; ++i) attend_chunk(b, group, chunks[i], chunks[i + 1], p, memory);
+  }
+
+  // row `to` of p takes in row `from` of q
+  void merge_row(Partial p, int64_t to, Partial q, int64_t from) const {
+    if (q.maximum[from] == -kInfinity) return;
+    float* o = p.sum + to * l.rank_pad;
+    const float* x = q.sum + from * l.rank_pad;
+    if (p.maximum[to] == -kInfinity) {
+      p.maximum[to] = q.maximum[from];
+      p.total[to] = q.total[from];
+      for (int64_t i = 0; i < l.rank_pad; i += kLanes) store(o + i, load(x + i));
+      return;
+    }
+    const float m = max(p.maximum[to], q.maximum[from]);
+    const float keep = exp_nonpositive(splat(p.maximum[to] - m))[0];
+    const float add = exp_nonpositive(splat(q.maximum[from] - m))[0];
+    p.maximum[to] = m;
+    p.total[to] = p.total[to] * keep + q.total[from] * add;
+    for (int64_t i = 0; i < l.rank_pad; i += kLanes) store(o + i, load(o + i) * keep + load(x + i) * add);
+  }
+
+  void attend_all(int64_t b, int64_t group, float* memory) const {
+    const Partial merged = partial(b, group, 0);
+    const int64_t used = kChunk * l.stride + kGroup * kChunk + kGroup + kChunk;
+    const Partial one = partial_at(memory + used);
+    clear(merged);
+    for (int64_t split = 0; split < l.splits; ++split) {
+      attend_split(b, group, split, one, memory);
+      for (int64_t r = 0; r < rows_of(group); ++r) merge_row(merged, r, one, r);
+    }
+  }
+
+  // answers of one head: merges the splits, divides, applies w_uv
+  void answer(int64_t head, float* memory) const {
+    int64_t at = 0;
+    const int64_t count = a.batch * a.tokens;
+    for (; at + kDotRows <= count; at += kDotRows) answer_tile<kDotRows>(head, at, memory);
+    for (; at < count; ++at) answer_tile<1>(head, at, memory);
+  }
+
+  template <int ROWS>
+  void answer_tile(int64_t head, int64_t first, float* memory) const {
+    const int64_t value_pad = round_up(a.value, kPad);
+    float* results = memory;
+    float* sums = results + ROWS * value_pad;
+    for (int i = 0; i < ROWS; ++i) {
+      const int64_t b = (first + i) / a.tokens, s = (first + i) % a.tokens;
+      const int64_t row = s * a.heads + head;
+      float maximum = -kInfinity, total = 0.0f;
+      const Partial p = {&maximum, &total, sums + i * l.rank_pad};
+      for (int64_t j = 0; j < l.slots; ++j) merge_row(p, 0, partial(b, row / kGroup, j), row % kGroup);
+      const float factor = maximum == -kInfinity ? 0.0f : 1.0f / total;
+      for (int64_t c = 0; c < l.rank_pad; c += kLanes) {
+        store(p.sum + c, maximum == -kInfinity ? Vec{} : load(p.sum + c) * factor);
+      }
+    }
+    const T* w = static_cast<const T*>(a.w_uv.data) + head * a.w_uv.stride0;
+    for (int64_t v = 0; v < a.value; v += kDotKeys) {
+      const T* rows[4];
+      for (int j = 0; j < 4; ++j) rows[j] = w + min(v + j, a.value - 1) * a.w_uv.stride1;
+      dot_tile<ROWS>(sums, l.rank_pad, rows, a.rank, results + v, value_pad);
+    }
+    for (int i = 0; i < ROWS; ++i) {
+      T* out = static_cast<T*>(a.out) + ((first + i) * a.heads + head) * a.value;
+      const float* r = results + i * value_pad;
+      int64_t c = 0;
+      for (; c + kLanes <= a.value; c += kLanes) store(out + c, load(r + c));
+      if (c < a.value) store_some(out + c, load(r + c), a.value - c);
+    }
+  }
+
+  void run() const {
+    const int64_t masks = a.batch * a.tokens;
+    const int64_t items = a.batch * l.groups * l.slots;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+      float* memory = private_memory + thread_index() * private_size;
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < a.heads + masks; ++i) {
+        if (i < a.heads) {
+          make_queries(i, memory);
+        } else {
+          scan((i - a.heads) / a.tokens, (i - a.heads) % a.tokens);
+        }
+      }
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < items; ++i) {
+        const int64_t b = i / (l.groups * l.slots), group = i / l.slots % l.groups, slot = i % l.slots;
+        if (l.slots == 1) {
+          attend_all(b, group, memory);
+        } else {
+          attend_split(b, group, slot, partial(b, group, slot), memory);
+        }
+      }
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t h = 0; h < a.heads; ++h) answer(h, memory);
+    }
+  }
+};
+
+}  // namespace
+
+void mla_attention(const MlaAttention& args) {
+  args.dtype == Dtype::float32 ? Attention<float>(args).run() : Attention<Bf16>(args).run();
+}
+
+}  // namespace dsopt::DSOPT_VARIANT

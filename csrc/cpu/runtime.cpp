@@ -1,0 +1,94 @@
+// What is compiled once for all instruction sets: the choice among them, and scratch memory.
+#include <atomic>
+#include <cstdlib>
+#include <iterator>
+#include <new>
+
+#include "dsopt/runtime.h"
+
+namespace dsopt {
+namespace {
+
+constexpr int kUnset = -1;
+std::atomic<int> active{kUnset};
+
+#define DSOPT_NAME(isa) #isa,
+constexpr const char* kNames[] = {DSOPT_FOR_EACH_ISA(DSOPT_NAME)};
+#undef DSOPT_NAME
+
+// asks for what the operating system saves too, not only for what the processor has
+bool has(Isa isa) {
+#if DSOPT_X86
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  switch (isa) {
+    case Isa::portable: return true;
+    case Isa::avx2: return avx2;
+    case Isa::avx512: return avx512;
+    case Isa::avx512_bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
+  }
+#endif
+  return isa == Isa::portable;
+}
+
+Isa choose(const std::string& wanted) {
+  const std::vector<std::string> names = isa_names();
+  if (wanted.empty()) return parse_isa(names.back());
+  return parse_isa(wanted);
+}
+
+struct Buffer {
+  void* data = nullptr;
+  unsigned long bytes = 0;
+  ~Buffer() { std::free(data); }
+};
+
+}  // namespace
+
+std::vector<std::string> isa_names() {
+  std::vector<std::string> names;
+  for (int i = 0; i < static_cast<int>(std::size(kNames)); ++i) {
+    if (has(static_cast<Isa>(i))) names.push_back(kNames[i]);
+  }
+  return names;
+}
+
+Isa parse_isa(const std::string& name) {
+  std::string accepted;
+  for (int i = 0; i < static_cast<int>(std::size(kNames)); ++i) {
+    if (!has(static_cast<Isa>(i))) continue;
+    if (name == kNames[i]) return static_cast<Isa>(i);
+    accepted += accepted.empty() ? kNames[i] : std::string(", ") + kNames[i];
+  }
+  throw std::invalid_argument("DSOPT_ISA=" + name + " is not available here; this processor has: " + accepted);
+}
+
+std::string isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
+
+void set_isa(const std::string& name) {
+  const char* wanted = name.empty() ? std::getenv("DSOPT_ISA") : name.c_str();
+  active = kUnset;
+  active = static_cast<int>(choose(wanted ? wanted : ""));
+}
+
+Isa active_isa() {
+  if (active == kUnset) set_isa("");
+  return static_cast<Isa>(active.load());
+}
+
+void* scratch(unsigned long bytes) {
+  thread_local Buffer buffer;
+  if (bytes > buffer.bytes) {
+    std::free(buffer.data);
+    buffer.bytes = (bytes + bytes / 4 + 63) / 64 * 64;
+    buffer.data = std::aligned_alloc(64, buffer.bytes);
+    if (!buffer.data) {
+      buffer.bytes = 0;
+      throw std::bad_alloc();
+    }
+  }
+  return buffer.data;
+}
+
+}  // namespace dsopt

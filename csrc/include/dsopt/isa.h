@@ -1,0 +1,55 @@
+// One source, several instruction sets.
+//
+// setup.py compiles every kernel source once per instruction set with -DDSOPT_VARIANT=<name>; all code of
+// such a source lies in namespace dsopt::<name>. It must not use templates of the C++ library: the linker
+// keeps one copy of those, and it could be the copy that a lesser processor cannot run.
+#pragma once
+
+#if defined(__x86_64__)
+#define DSOPT_X86 1
+#define DSOPT_FOR_EACH_ISA(X) X(portable) X(avx2) X(avx512) X(avx512_bf16)
+#else
+#define DSOPT_X86 0
+#define DSOPT_FOR_EACH_ISA(X) X(portable)
+#endif
+
+namespace dsopt {
+
+#define DSOPT_NAME(isa) isa,
+enum class Isa { DSOPT_FOR_EACH_ISA(DSOPT_NAME) };
+#undef DSOPT_NAME
+
+// The instruction set in use: DSOPT_ISA if set, else the best one of this processor.
+// Throws std::invalid_argument for a DSOPT_ISA that is unknown or that this processor lacks.
+Isa active_isa();
+
+// At least `bytes` bytes aligned to 64, private to the calling thread, kept between calls.
+// The contents last until the same thread's next call.
+void* scratch(unsigned long bytes);
+
+}  // namespace dsopt
+
+// Declares `kernel(const Args&)` of every instruction set, and dsopt::kernel that calls the active one.
+#if DSOPT_X86
+#define DSOPT_KERNEL(kernel, Args)                               \
+  namespace dsopt::portable { void kernel(const Args&); }        \
+  namespace dsopt::avx2 { void kernel(const Args&); }            \
+  namespace dsopt::avx512 { void kernel(const Args&); }          \
+  namespace dsopt::avx512_bf16 { void kernel(const Args&); }     \
+  namespace dsopt {                                              \
+  inline void kernel(const Args& args) {                         \
+    switch (active_isa()) {                                      \
+      case Isa::portable: return portable::kernel(args);         \
+      case Isa::avx2: return avx2::kernel(args);                 \
+      case Isa::avx512: return avx512::kernel(args);             \
+      case Isa::avx512_bf16: return avx512_bf16::kernel(args);   \
+    }                                                            \
+  }                                                              \
+  }
+#else
+#define DSOPT_KERNEL(kernel, Args)                               \
+  namespace dsopt::portable { void kernel(const Args&); }        \
+  namespace dsopt {                                              \
+  inline void kernel(const Args& args) { portable::kernel(args); } \
+  }
+#endif

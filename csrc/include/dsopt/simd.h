@@ -1,0 +1,139 @@
+// Vectors of floats as wide as the instruction set at hand, in the compiler's own vector types.
+#pragma once
+
+#include <cstdint>
+
+#ifndef DSOPT_VARIANT
+#error "compile kernel sources with -DDSOPT_VARIANT=<instruction set>"
+#endif
+
+#define DSOPT_INLINE inline __attribute__((always_inline))
+// arrays of vectors stay in registers only if every loop over them is unrolled before optimisation
+#define DSOPT_UNROLL _Pragma("GCC unroll 16")
+
+namespace dsopt::DSOPT_VARIANT {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t VecI __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t VecU __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t VecH __attribute__((vector_size(2 * kLanes)));
+
+struct Bf16 {
+  uint16_t bits;
+};
+
+constexpr float kInfinity = __builtin_inff();
+
+DSOPT_INLINE Vec splat(float x) { return Vec{} + x; }
+DSOPT_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+DSOPT_INLINE float max(float a, float b) { return a > b ? a : b; }
+DSOPT_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+DSOPT_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+DSOPT_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// loads and stores: any address, one dtype in memory, float32 in registers
+DSOPT_INLINE Vec load(const float* p) {
+  Vec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+DSOPT_INLINE Vec load(const Bf16* p) {
+  VecH h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return (Vec)(__builtin_convertvector(h, VecU) << 16);
+}
+
+DSOPT_INLINE void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
+
+// round to nearest even; a NaN becomes the quiet NaN 0x7fff
+DSOPT_INLINE void store(Bf16* p, Vec v) {
+  const VecU bits = (VecU)v;
+  const VecU rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const VecU nan = VecU{} + 0x7fff;
+  const VecH h = __builtin_convertvector(v == v ? rounded : nan, VecH);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+
+DSOPT_INLINE float to_float(float x) { return x; }
+
+DSOPT_INLINE float to_float(Bf16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float f;
+  __builtin_memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
+// the first n < kLanes elements at p, zeros behind them
+template <class T>
+DSOPT_INLINE Vec load_some(const T* p, int64_t n) {
+  T part[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) part[i] = p[i];
+  return load(part);
+}
+
+template <class T>
+DSOPT_INLINE void store_some(T* p, Vec v, int64_t n) {
+  T part[kLanes];
+  store(part, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = part[i];
+}
+
+// [a0+a1, a2+a3, ..., b0+b1, b2+b3, ...]
+#if defined(__clang__)
+#define DSOPT_PICK(...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define DSOPT_PICK(...) __builtin_shuffle(a, b, VecI{__VA_ARGS__})
+#endif
+DSOPT_INLINE Vec add_pairs(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return DSOPT_PICK(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+         DSOPT_PICK(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#elif defined(__AVX2__)
+  return DSOPT_PICK(0, 2, 4, 6, 8, 10, 12, 14) + DSOPT_PICK(1, 3, 5, 7, 9, 11, 13, 15);
+#else
+  return DSOPT_PICK(0, 2, 4, 6) + DSOPT_PICK(1, 3, 5, 7);
+#endif
+}
+#undef DSOPT_PICK
+
+DSOPT_INLINE float sum(Vec v) {
+  for (int n = kLanes; n > 1; n /= 2) v = add_pairs(v, v);
+  return v[0];
+}
+
+DSOPT_INLINE float max(Vec v) {
+  float m = v[0];
+  for (int i = 1; i < kLanes; ++i) m = max(m, v[i]);
+  return m;
+}
+
+// e^x for x <= 0, within 2 units in the last place; 0 below -87; NaN stays NaN
+DSOPT_INLINE Vec exp_nonpositive(Vec x) {
+  const Vec low = splat(-87.0f);
+  const Vec y = x < low ? low : x;
+  // adding 1.5 * 2^23 rounds to an integer n and leaves it in the low bits: e^y = 2^n e^r, |r| <= ln(2) / 2
+  const Vec shifted = y * 1.44269504f + 12582912.0f;
+  const Vec n = shifted - 12582912.0f;
+  const Vec r = (y - n * 0.693359375f) - n * -2.12194440e-4f;
+  Vec p = splat(1.0f / 5040);
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const Vec power = (Vec)(((VecI)shifted << 23) + 0x3f800000);
+  return x < low ? Vec{} : p * power;
+}
+
+}  // namespace dsopt::DSOPT_VARIANT

@@ -1,0 +1,29 @@
+"""Native residual add and RMS norm in one pass over the row; see `rms_norm`."""
+
+from __future__ import annotations
+
+import torch
+
+from dsopt.kernels.cpu.native import _cpu
+from dsopt.kernels.cpu.rms_norm import DTYPES, check_norm, run_norm
+from dsopt.op import Kernel
+
+
+def _add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return run_norm(x, residual, weight, eps)
+
+
+def _plan(x, residual, weight, eps):
+    _cpu.isa()  # a bad DSOPT_ISA is reported here rather than in the middle of a model
+    return _add_rms_norm
+
+
+def _check(x, residual, weight, eps):
+    if residual.dtype != x.dtype or residual.device != x.device:
+        return f"needs a residual of x's dtype and device, got {residual.dtype} on {residual.device}"
+    return check_norm(x, weight)
+
+
+KERNELS = (Kernel("add_rms_norm", "cpu", _plan, _check, device="cpu", dtypes=DTYPES, priority=20),)

@@ -1,0 +1,145 @@
+"""Latent attention on the CPU: native and absorbed for few new tokens, expanded for many.
+
+Absorbed, a query of each head meets the latent cache as it is:
+
+    q' = q_nope @ w_uk
+    out = (softmax(scale * (q' @ latent^T + q_rope @ k_rope^T) + mask) @ latent) @ w_uv^T
+
+in float32 whatever the dtype (float32 or bfloat16), in fixed splits of 512 keys; chunks of 64 keys that a
+mask hides from all queries are not read, so time follows the visible part of a static cache.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dsopt.kernels.cpu.native import _cpu
+from dsopt.op import Kernel
+
+# From this many new tokens on, expanding keys and values pays: it costs
+# cached * rank * (nope + value) multiply-adds a head once, and saves
+# cached * (2 * rank - nope - value) a head for each new token, at a higher rate (one large matrix product).
+EXPAND_RATE = 1.0
+
+_MASK_KINDS = {
+    torch.bool: _cpu.Mask.boolean,
+    torch.float32: _cpu.Mask.float32,
+    torch.bfloat16: _cpu.Mask.bfloat16,
+}
+_HIDDEN = -1e30  # a finite value at or below this is some dtype's lowest: it hides a key
+_NO_MASK = (0, (0, 0, 0)), _cpu.Mask.none, _HIDDEN
+
+
+def _unit_stride(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def _native_mask(mask: torch.Tensor, batch: int, tokens: int, cached: int) -> tuple[torch.Tensor, float]:
+    """The mask as (batch, tokens, cached) of a native dtype with unit last stride, and the hiding value."""
+    hidden = _HIDDEN
+    if mask.dtype == torch.float16:
+        hidden = torch.finfo(torch.float16).min
+        mask = mask.float()
+    elif mask.dtype == torch.float64:
+        # float64's lowest value would turn into -inf, which means something else
+        lowest = torch.finfo(torch.float32).min
+        mask = torch.where(mask == float("-inf"), mask, mask.clamp(min=lowest)).float()
+    mask = mask.expand(batch, 1, tokens, cached)[:, 0]
+    if cached > 1 and mask.stride(2) != 1:
+        mask = mask.contiguous()
+    return mask, hidden
+
+
+def absorbed(
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    w_uk: torch.Tensor,
+    w_uv: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    """The native kernel for any number of tokens; arguments and result as in `mla_attention_reference`."""
+    batch, heads, tokens, nope = q_nope.shape
+    _, cached, rank = latent.shape
+    value = w_uv.shape[1]
+    out = torch.empty((batch, tokens, heads, value), dtype=q_nope.dtype)
+    if out.numel() == 0:
+        return out
+    native_mask, mask_kind, hidden = _NO_MASK
+    if mask is not None:
+        mask, hidden = _native_mask(mask, batch, tokens, cached)
+        native_mask, mask_kind = (mask.data_ptr(), mask.stride()), _MASK_KINDS[mask.dtype]
+    tensors = [_unit_stride(x) for x in (q_nope, q_rope, latent, k_rope, w_uk, w_uv)]
+    _cpu.mla_attention(
+        (batch, heads, tokens, cached, rank, nope, q_rope.shape[3], value),
+        *[(x.data_ptr(), x.stride()) for x in tensors],
+        native_mask,
+        mask_kind,
+        hidden,
+        out.data_ptr(),
+        scale,
+        is_causal,
+        q_nope.dtype == torch.bfloat16,
+    )
+    return out
+
+
+def prefers_expanded(tokens: int, rank: int, nope: int, value: int) -> bool:
+    """Whether expanding the cache costs less than attending to it absorbed."""
+    saved = 2 * rank - nope - value
+    return saved > 0 and tokens * saved * EXPAND_RATE > rank * (nope + value)
+
+
+def _mla_attention(
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    w_uk: torch.Tensor,
+    w_uv: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    if prefers_expanded(q_nope.shape[2], latent.shape[2], w_uk.shape[1], w_uv.shape[1]):
+        from dsopt.kernels.torch.mla_attention import expanded
+
+        return expanded(q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal)
+    return absorbed(q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal)
+
+
+def _plan(*args):
+    _cpu.isa()  # a bad DSOPT_ISA is reported here rather than in the middle of a model
+    return _mla_attention
+
+
+def _check(q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal=False):
+    tensors = {"q_rope": q_rope, "latent": latent, "k_rope": k_rope, "w_uk": w_uk, "w_uv": w_uv}
+    for name, x in tensors.items():
+        if x.dtype != q_nope.dtype or x.device != q_nope.device:
+            return f"needs one dtype and device, got {q_nope.dtype} q_nope and {x.dtype} {name} on {x.device}"
+    if mask is None:
+        return None
+    if mask.device != q_nope.device:
+        return f"needs a mask on {q_nope.device}, got {mask.device}"
+    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+        return f"needs a bool or float mask, got {mask.dtype}"
+    if mask.ndim >= 3 and mask.shape[-3] != 1:
+        return "needs one mask for all heads"
+    return None
+
+
+KERNELS = (
+    Kernel(
+        "mla_attention",
+        "cpu",
+        _plan,
+        _check,
+        device="cpu",
+        dtypes=frozenset({torch.float32, torch.bfloat16}),
+        priority=20,
+    ),
+)
