@@ -1,0 +1,160 @@
+"""The `dsopt` backend of torch.compile, and its options."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from dsopt.capture import capture, eager, inductor
+from dsopt.census import census
+from dsopt.lower import lower
+from dsopt.op import backends
+from dsopt.ops import OPS
+from dsopt.pipeline import available_passes, dump, run_pipeline
+from dsopt.report import GRAPHS, GraphReport
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `torch.compile(options={...})` and `dsopt.compile(**options)` take.
+
+    kernels: op name -> backend to try first, such as {"mla_attention": "torch"}; {"*": "torch"} for all ops.
+    passes: names of the passes to run, in order, instead of the whole pipeline.
+    fallback: what compiles a graph that dsopt leaves alone: "inductor" (default) or "eager".
+    strict: raise instead of falling back when dsopt fails on a graph.
+    """
+
+    kernels: Mapping[str, str] = field(default_factory=dict)
+    passes: Sequence[str] | None = None
+    fallback: str = "inductor"
+    strict: bool = False
+
+    def __post_init__(self):
+        for op, backend in self.kernels.items():
+            _among("op", op, [*OPS, "*"])
+            _among("backend", backend, backends())
+        for name in self.passes or ():
+            _among("pass", name, available_passes())
+        _among("fallback", self.fallback, ("inductor", "eager"))
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any] | None) -> Options:
+        """Options from a plain mapping. Raises ValueError naming the known options, ops, backends or passes."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in options or {}:
+            _among("option", name, known)
+        return cls(**(options or {}))
+
+    def prefer(self) -> dict[str, str]:
+        """op name -> backend to try first, for every op that has one."""
+        default = self.kernels.get("*")
+        return {op: self.kernels.get(op, default) for op in OPS if self.kernels.get(op, default) is not None}
+
+
+def _among(kind: str, given: str, known: Sequence[str]) -> None:
+    if given not in known:
+        raise ValueError(f"unknown {kind} {given!r}; known {kind}s: {', '.join(known)}")
+
+
+def dsopt_backend(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable:
+    """Compiles one Dynamo graph: capture, count, passes, lower. The entry point named `dsopt`.
+
+    mode: torch.compile's; it goes to Inductor where that compiles a graph dsopt leaves alone.
+    options: see `Options`; ValueError for what it does not know.
+    A graph that dsopt cannot take gives the right answer all the same, through `Options.fallback`, and the
+    report says why.
+    """
+    choices = Options.of(options)
+    report = GRAPHS.new()
+    start = time.perf_counter()
+    if (reason := _not_ours(gm, example_inputs)) is not None:
+        fn = _fall_back(gm, example_inputs, choices, mode, report, reason)
+    else:
+        try:
+            fn = _optimize(gm, example_inputs, choices, report)
+        except Exception as error:
+            if choices.strict:
+                raise
+            fn, report.passes, report.kernels = None, [], []
+            report.fallback = f"{type(error).__name__}: {error}"
+        if fn is None:
+            fn = _fall_back(gm, example_inputs, choices, mode, report, report.fallback)
+    report.compile_s = time.perf_counter() - start
+    GRAPHS.reads(report, [x for x in example_inputs if isinstance(x, torch.Tensor)])
+    return _Compiled(fn, report)
+
+
+class _Compiled:
+    """The callable Dynamo keeps; it keeps the report."""
+
+    def __init__(self, fn: Callable, report: GraphReport):
+        self.fn = fn
+        self.report = report
+
+    def __call__(self, *args):
+        return self.fn(*args)
+
+
+def _optimize(
+    gm: GraphModule, example_inputs: Sequence[Any], choices: Options, report: GraphReport
+) -> Callable | None:
+    graph = capture(gm, example_inputs)
+    report.nodes_before = len(graph.graph.nodes)
+    report.totals = census(graph)
+    report.passes = run_pipeline(graph, choices.passes, report.name)
+    report.kernels = lower(graph, choices.prefer())
+    report.nodes_after = len(graph.graph.nodes)
+    dump(graph, f"{report.name}.lowered")
+    if not report.kernels:
+        report.fallback = "nothing to fuse"
+        return None
+    return graph.forward
+
+
+def _not_ours(gm: GraphModule, example_inputs: Sequence[Any]) -> str | None:
+    """Why a graph goes to the fallback untouched, or None."""
+    tensors = [x for x in example_inputs if isinstance(x, torch.Tensor)]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        _warn_gradients()
+        return "gradients are enabled: dsopt's kernels compute forward only; use torch.inference_mode()"
+    return None
+
+
+def _warn_gradients() -> None:
+    warnings.warn(
+        "dsopt: gradients are enabled, so its kernels are off and Inductor compiles this model. "
+        "For inference call it under torch.inference_mode() or torch.no_grad().",
+        stacklevel=2,
+    )
+
+
+def _fall_back(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    choices: Options,
+    mode: str | None,
+    report: GraphReport,
+    reason: str | None,
+) -> Callable:
+    report.fallback = reason
+    if choices.fallback == "inductor":
+        try:
+            return inductor(gm, example_inputs, mode)
+        except Exception as error:  # say, no C++ compiler on this machine: the graph itself still runs
+            if choices.strict:
+                raise
+            report.fallback = f"{reason}; Inductor failed: {type(error).__name__}: {str(error).splitlines()[0]}"
+    return eager(gm)

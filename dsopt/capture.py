@@ -1,0 +1,111 @@
+"""From Dynamo's or torch.export's graph to the one dialect that passes read; home of all private torch calls.
+
+The dialect is ATen before dispatch: `aten.linear`, `aten.scaled_dot_product_attention`, `aten.silu` stay
+whole, in-place writes to the caller's caches stay in place, sizes may be symbolic. Parameters and buffers
+are placeholders, so a compiled graph always reads the caller's current weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.traceback import preserve_node_meta
+from torch.utils.weak import WeakIdKeyDictionary
+
+__all__ = [
+    "WeakIdKeyDictionary",
+    "capture",
+    "eager",
+    "fake_mode_of",
+    "from_export",
+    "guard_count",
+    "inductor",
+    "known",
+    "module_path",
+]
+
+
+def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
+    """Dynamo's graph retraced into the dialect, one placeholder per input in the same order.
+
+    Dynamo's fake mode and its symbols are kept, so what was dynamic stays dynamic. Each node keeps the stack
+    of modules it came from.
+    """
+    context = torch._guards.TracingContext.try_get()
+    mode = context.fake_mode if context is not None else None
+    if mode is None:
+        mode = torch._guards.detect_fake_mode(example_inputs) or torch._subclasses.FakeTensorMode(
+            allow_non_fake_inputs=True
+        )
+
+    def fake(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor) or (isinstance(x, torch._subclasses.FakeTensor) and x.fake_mode is mode):
+            return x
+        symbolic = context.tensor_to_context.get(x) if context is not None else None
+        return mode.from_tensor(x, symbolic_context=symbolic)
+
+    def interpret(*args):
+        return torch.fx.Interpreter(gm).run(*args)
+
+    fakes = [fake(x) for x in example_inputs]
+    with mode, preserve_node_meta():
+        return make_fx(interpret, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
+
+
+def from_export(program: torch.export.ExportedProgram) -> GraphModule:
+    """The graph of an exported program in the dialect; its placeholders are the program's, weights first.
+
+    torch.export traces to the same ATen ops before dispatch, so this only detaches the graph from the
+    program. Call the result with the weights and buffers in the order of `program.graph_signature`, then
+    the user's flattened inputs.
+    """
+    return copy.deepcopy(program.graph_module)
+
+
+def fake_mode_of(gm: GraphModule):
+    """The fake mode that made the graph's values, or a context that does nothing if it holds no tensor."""
+    vals = [node.meta.get("val") for node in gm.graph.nodes]
+    return torch._guards.detect_fake_mode(vals) or contextlib.nullcontext()
+
+
+def guard_count(gm: GraphModule) -> int:
+    """How many shape guards the graph's sizes are under. Passes and kernel checks must not add any."""
+    shape_env = getattr(fake_mode_of(gm), "shape_env", None)
+    return len(shape_env.guards) if shape_env is not None else 0
+
+
+def known(condition: Any) -> bool:
+    """True when a condition on sizes holds for every size the graph serves; never adds a guard."""
+    return statically_known_true(condition)
+
+
+def module_path(node: Node) -> str:
+    """Dotted path of the innermost module that produced a node, such as `model.layers.3.self_attn`, or ""."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [entry[0] for entry in stack.values()]
+    if not paths:
+        return ""
+    path = paths[-1].replace("L['self']", "").replace("L['fn']", "")
+    for noise in ("._modules", "['", "']", "_modules"):
+        path = path.replace(noise, "." if noise == "['" else "")
+    return ".".join(filter(None, path.split(".")))
+
+
+def inductor(gm: GraphModule, example_inputs: Sequence[Any], mode: str | None = None) -> Callable:
+    """Dynamo's graph compiled by Inductor, as `torch.compile` does by default."""
+    from torch._dynamo import lookup_backend
+
+    kwargs = {"mode": mode} if mode and mode != "default" else {}
+    return lookup_backend("inductor")(gm, list(example_inputs), **kwargs)
+
+
+def eager(gm: GraphModule) -> Callable:
+    """Dynamo's graph as it is."""
+    return gm.forward

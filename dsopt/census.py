@@ -1,0 +1,213 @@
+"""How many sites of each family a captured graph holds, counted without the passes.
+
+The report sets these totals against what the passes matched, so that a miss cannot hide. Everything here
+reads the graph as captured, before any pass, and shares no code with the matchers.
+
+    mla      attention whose keys are expanded from a low-rank latent
+    moe      expert layers: grouped GEMMs, or batched ones with gathered weights
+    router   top-k choices over softmax or sigmoid scores of a linear layer
+    norm     reciprocal roots of a mean of squares
+    rope     rotations by a table of cosines and sines
+    mlp      linear layers over silu(a) * b
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.fx import GraphModule, Node
+
+aten = torch.ops.aten
+FAMILIES = ("mla", "moe", "router", "norm", "rope", "mlp")
+
+
+def census(gm: GraphModule) -> dict[str, int]:
+    """Number of sites by family."""
+    nodes = [n for n in gm.graph.nodes if n.op == "call_function"]
+    attentions = [key for n in nodes for key in _attention_keys(n)]
+    first_gemms = [n for n in nodes if _is_expert_gemm(n) and not any(map(_is_expert_gemm, _gated_sources(n)))]
+    scores = {s for n in nodes if _name(n) == "topk" for s in _router_scores(n)}
+    return {
+        "mla": sum(1 for key in attentions if is_expanded_latent(key)),
+        "moe": len(first_gemms),
+        "router": len(scores),
+        "norm": sum(1 for n in nodes if _is_norm(n)),
+        "rope": len({r for n in nodes for r in _rotations(n)}),
+        "mlp": sum(1 for n in nodes if _is_gated_linear(n)),
+    }
+
+
+def _name(node: Node) -> str:
+    """Name of the operator a node calls, without namespace and overload."""
+    packet = getattr(node.target, "overloadpacket", None)
+    return packet.__name__ if packet is not None else getattr(node.target, "__name__", "")
+
+
+_VIEWS = frozenset(
+    "view reshape _unsafe_view flatten unflatten permute transpose t numpy_T mT slice split split_with_sizes chunk "
+    "unbind getitem select narrow expand expand_as squeeze unsqueeze contiguous clone to type_as _to_copy detach alias "
+    "swapaxes movedim repeat_interleave repeat constant_pad_nd pad dropout".split()
+)
+_MOVES = _VIEWS | frozenset("cat stack index_copy_ index_copy copy_ index_put_ index_put slice_scatter".split())
+_NORMS = frozenset("mul div rsqrt sqrt pow square mean layer_norm native_layer_norm rms_norm".split())
+_BUFFERS = frozenset("new_empty new_zeros empty zeros empty_like zeros_like".split())
+
+
+def _sources(node: Node) -> Iterator[Node]:
+    """What a node's data comes from: its inputs, or what was written into views of it if it is a fresh buffer."""
+    if _name(node) not in _BUFFERS:
+        yield from node.all_input_nodes
+        return
+    for user in node.users:
+        for writer in [user, *user.users]:
+            if _name(writer) in ("copy_", "index_copy_", "index_put_"):
+                yield from (a for a in writer.all_input_nodes if a is not user and a is not node)
+
+
+def _upstream(node: Node, through: Callable[[Node], bool]) -> Iterator[Node]:
+    """Every node above `node`, going on only from those that satisfy `through`."""
+    seen, stack = set(), list(_sources(node)) if through(node) else [node]
+    while stack:
+        n = stack.pop()
+        if n in seen:
+            continue
+        seen.add(n)
+        yield n
+        if through(n):
+            stack.extend(_sources(n))
+
+
+def _is_move(node: Node) -> bool:
+    return _name(node) in _MOVES or _name(node) in _BUFFERS
+
+
+def _is_move_or_norm(node: Node) -> bool:
+    tensors = [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), torch.Tensor)]
+    return _is_move(node) or _name(node) in _NORMS or (_name(node) == "add" and len(tensors) == 1)
+
+
+def _attention_keys(node: Node) -> Iterator[Node]:
+    """The keys of an attention: of a fused call, or of the matmul whose product a softmax takes."""
+    if _name(node).startswith(("scaled_dot_product_", "_scaled_dot_product_")):
+        yield node.args[1]
+    elif _name(node) in ("softmax", "_softmax"):
+        pointwise = _VIEWS | set("mul div add sub masked_fill where cat".split())
+        for n in _upstream(node.args[0], lambda n: _name(n) in pointwise):
+            if _name(n) in ("matmul", "bmm", "einsum"):
+                operands = n.args[1] if _name(n) == "einsum" else n.args
+                yield operands[1]
+                return
+
+
+def is_expanded_latent(key: Node) -> bool:
+    """True when keys are a linear map of a latent narrower than both the keys and what it was projected from."""
+    for up in _upstream(key, _is_move):
+        if _name(up) not in ("linear", "einsum", "matmul", "mm"):
+            continue
+        operands = up.args[1] if _name(up) == "einsum" else up.args
+        latent = operands[0]
+        rank = latent.meta["val"].shape[-1]
+        if up.meta["val"].numel() // latent.meta["val"].shape[-2] <= rank if _is_static(up, latent) else False:
+            continue
+        for origin in _upstream(latent, _is_move_or_norm):
+            if _name(origin) in ("linear", "matmul", "mm") and _in_features(origin) > rank:
+                return True
+    return False
+
+
+def _is_static(*nodes: Node) -> bool:
+    return all(isinstance(s, int) for n in nodes for s in n.meta["val"].shape)
+
+
+def _in_features(node: Node) -> int:
+    return node.args[0].meta["val"].shape[-1]
+
+
+def _is_expert_gemm(node: Node) -> bool:
+    if _name(node) in ("_grouped_mm", "grouped_mm", "grouped_mm_fallback"):
+        return True
+    # a batched GEMM over expert matrices gathered by token
+    return _name(node) == "bmm" and any(
+        _name(up) == "index" and up.args[0].op == "placeholder" and up.meta["val"].ndim == 3
+        for up in _upstream(node, lambda n: n is node or _name(n) in _VIEWS)
+    )
+
+
+def _gated_sources(node: Node) -> Iterator[Node]:
+    pointwise = _VIEWS | set("silu sigmoid mul gelu relu index clamp add add_".split())
+    return _upstream(node.args[0], lambda n: _name(n) in pointwise) if not _name(node) == "bmm" else (
+        up for a in node.args for up in _upstream(a, lambda n: _name(n) in pointwise)
+    )
+
+
+def _router_scores(topk: Node) -> Iterator[Node]:
+    stops = ("softmax", "_softmax", "sigmoid", "linear", "matmul", "mm")
+    for up in _upstream(topk.args[0], lambda n: _name(n) not in stops):
+        if _name(up) in ("softmax", "_softmax", "sigmoid"):
+            logits = _upstream(up.args[0], lambda n: _name(n) in _VIEWS or _name(n) in ("add", "mul", "div"))
+            if any(_name(n) in ("linear", "matmul", "mm") for n in logits):
+                yield up
+
+
+def _is_norm(node: Node) -> bool:
+    if _name(node) in ("rms_norm", "_fused_rms_norm"):
+        return True
+    root = _name(node) in ("rsqrt", "sqrt") or (_name(node) == "pow" and node.args[1] in (-0.5, 0.5))
+    if not root:
+        return False
+    for mean in _upstream(node.args[0], lambda n: _name(n) in _VIEWS or _name(n) in ("add", "clamp", "maximum")):
+        if _name(mean) == "mean":
+            square = next(_upstream(mean.args[0], lambda n: _name(n) in ("to", "_to_copy")), None)
+            return square is not None and _name(square) in ("pow", "square", "mul")
+    return False
+
+
+def _is_table(node: Node, roots: tuple[str, ...]) -> bool:
+    """True for what is made of the cosines or complex exponentials by views and factors alone."""
+    above = _upstream(node, lambda n: _name(n) in _VIEWS or _name(n) in ("mul", "index", "cat", "stack"))
+    return any(_name(n) in roots for n in above)
+
+
+def _rotations(node: Node) -> Iterator[Node]:
+    """The node where a rotation of which `node` is the cosine product ends, if it is one."""
+    if _name(node) != "mul" or not all(isinstance(a, Node) for a in node.args):
+        return
+    value = node.meta["val"]
+    tables = [a for a in node.args if _is_table(a, ("polar", "complex", "exp") if value.is_complex() else ("cos",))]
+    if len(tables) != 1:
+        return
+    if value.is_complex():
+        yield node
+        return
+    for user in node.users:
+        if _name(user) in ("add", "sub", "addcmul"):
+            joins = [u for u in user.users if _name(u) in ("cat", "stack") and _only_rotated(u)]
+            yield joins[0] if joins else user
+
+
+def _only_rotated(join: Node) -> bool:
+    """True when a cat or stack joins exactly the two results of a rotation by pairs."""
+    parts = join.args[0]
+    return len(parts) == 2 and all(
+        _name(p) in ("add", "sub") and all(isinstance(a, Node) and _name(a) == "mul" for a in p.args) for p in parts
+    )
+
+
+def _is_gated_linear(node: Node) -> bool:
+    if _name(node) not in ("linear", "matmul", "mm", "addmm"):
+        return False
+    x = node.args[1 if _name(node) == "addmm" else 0]
+    while _name(x) in _VIEWS and x.all_input_nodes:
+        x = x.all_input_nodes[0]
+    return _name(x) == "mul" and any(_is_silu(a) for a in x.args if isinstance(a, Node))
+
+
+def _is_silu(node: Node) -> bool:
+    while _name(node) in ("to", "_to_copy"):
+        node = node.args[0]
+    if _name(node) == "silu":
+        return True
+    return _name(node) == "mul" and any(
+        isinstance(a, Node) and _name(a) == "sigmoid" and a.args[0] in node.args for a in node.args
+    )

@@ -1,0 +1,230 @@
+"""The command `dsopt`: demo, env, compile. Libraries load inside the commands, so that --help is instant."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="Kernel and graph optimizer for DeepSeek models."
+)
+
+Json = Annotated[
+    str | None,
+    typer.Option("--json", metavar="FILE", help="Write the figures as JSON to FILE; - is standard output."),
+]
+VARIABLES = {
+    "DSOPT_DISABLE": "backends not to use, separated by commas",
+    "DSOPT_ISA": "instruction set of the native CPU kernels, instead of the best one",
+    "DSOPT_DUMP": "folder for the graph after each pass",
+    "DSOPT_FUEL": "stop after so many rewrites, to find a wrong one by bisection",
+}
+
+
+def main() -> None:
+    """Runs the command line."""
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        import dsopt
+
+        print(dsopt.__version__)
+        raise typer.Exit
+
+
+def _console(target: str | None) -> Console:
+    """Where tables go: standard output, or standard error when JSON takes standard output."""
+    return Console(stderr=target == "-")
+
+
+def _write(data: dict[str, Any], target: str | None) -> None:
+    if target == "-":
+        print(json.dumps(data, indent=1))
+    elif target is not None:
+        Path(target).write_text(json.dumps(data, indent=1) + "\n")
+
+
+def _fail(message: str) -> typer.Exit:
+    Console(stderr=True).print(f"[red]error[/] {message}", highlight=False)
+    return typer.Exit(1)
+
+
+def _need_transformers(at_least: tuple[int, int]) -> None:
+    try:
+        import transformers
+    except ImportError as error:
+        raise _fail("this needs transformers: pip install 'dsopt\\[hf]'") from error
+    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < at_least:
+        wanted = ".".join(map(str, at_least))
+        raise _fail(f"this needs transformers >= {wanted}, not {transformers.__version__}")
+
+
+@app.command()
+def demo(
+    quick: Annotated[bool, typer.Option(help="V2-Lite at 3 layers only, in about 3 minutes.")] = False,
+    layers: Annotated[int | None, typer.Option(min=1, help="At most so many layers a model.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads, instead of PyTorch's choice.")] = None,
+    json_file: Json = None,
+) -> None:
+    """DeepSeek geometry with random weights in eager, Inductor and dsopt, beside dsopt's targets."""
+    _need_transformers((5, 23))
+    import torch
+
+    from dsopt import demo as show
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    result = show.show(_console(json_file), quick, layers)
+    _write(result, json_file)
+    if result.get("interrupted"):
+        raise typer.Exit(130)
+
+
+@app.command()
+def env(json_file: Json = None) -> None:
+    """This machine, the versions on it, and which kernel each op gets here."""
+    from dsopt import machine
+
+    description = machine.describe()
+    description["isa"] = _isa()
+    description["kernels"] = _kernels()
+    description["environment"] = {name: os.environ.get(name) for name in VARIABLES}
+    _write(description, json_file)
+    if json_file == "-":
+        return
+    console = Console()
+    cpu, memory = description["cpu"], description["memory"]
+    facts = Table(title="Machine", title_justify="left", show_header=False)
+    facts.add_row("system", description["system"])
+    facts.add_row("processor", f"{cpu['model']} ({cpu['architecture']})")
+    facts.add_row("instruction sets", " ".join(cpu["flags"]) or "unknown")
+    facts.add_row("native kernels", description["isa"])
+    facts.add_row("threads", f"{description['threads']} of {cpu['processors']} processors")
+    if memory["total"]:
+        facts.add_row(
+            "memory", f"{memory['available'] / 2**30:.1f} of {memory['total'] / 2**30:.1f} GiB free"
+        )
+    gpus = [f"{g['name']}, {g['memory'] / 2**30:.0f} GiB, {g['arch']}" for g in description["gpus"]]
+    facts.add_row("GPUs", "\n".join(gpus) or "none that PyTorch can use")
+    facts.add_row("versions", "\n".join(f"{k} {v or '-'}" for k, v in description["versions"].items()))
+    console.print(facts)
+
+    table = Table(title="Kernels, in the order they are tried", title_justify="left")
+    for column in ("op", "device", "dtype", "kernel", "verdict on the op's sample inputs"):
+        table.add_column(column, overflow="fold")
+    for row in description["kernels"]:
+        style = None if row["accepts"] else "dim"
+        table.add_row(row["op"], row["device"], row["dtype"], row["kernel"], row["verdict"], style=style)
+    console.print(table)
+
+    variables = Table(title="Environment variables", title_justify="left")
+    for column in ("variable", "set to", "meaning"):
+        variables.add_column(column)
+    for name, meaning in VARIABLES.items():
+        variables.add_row(name, description["environment"][name] or "-", meaning)
+    console.print(variables)
+
+
+def _isa() -> str:
+    try:
+        import torch  # its OpenMP runtime must be there before the extension asks for one
+
+        from dsopt import _cpu
+
+        return f"{_cpu.isa()} (of {', '.join(_cpu.isas())}; PyTorch uses {torch.backends.cpu.get_cpu_capability()})"
+    except (ImportError, ValueError) as error:
+        return f"none: {error}"
+
+
+def _kernels() -> list[dict[str, Any]]:
+    """For each op, device and dtype, what each kernel says to the op's sample inputs."""
+    import torch
+
+    from dsopt.op import disabled_backends, explain
+    from dsopt.ops import OPS
+
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    try:
+        disabled = disabled_backends()
+    except ValueError as error:
+        raise _fail(str(error)) from error
+    rows = []
+    for op in OPS.values():
+        for device in devices:
+            for dtype in (torch.float32, torch.bfloat16):
+                verdicts: dict[str, list[str]] = {}
+                for sample in op.samples(torch.device(device), dtype):
+                    for kernel, verdict in explain(op, *sample):
+                        verdicts.setdefault(kernel, []).append(verdict)
+                for kernel, given in verdicts.items():
+                    refusals = [v for v in given if v != "accepts"]
+                    off = kernel.split(".")[0] in disabled
+                    rows.append(
+                        {
+                            "op": op.name,
+                            "device": device,
+                            "dtype": str(dtype).removeprefix("torch."),
+                            "kernel": kernel,
+                            "accepts": 0 if off else len(given) - len(refusals),
+                            "samples": len(given),
+                            "verdict": "disabled by DSOPT_DISABLE" if off else _verdict(len(given), refusals),
+                        }
+                    )
+    return rows
+
+
+def _verdict(samples: int, refusals: list[str]) -> str:
+    if not refusals:
+        return "accepts"
+    if len(refusals) == samples:
+        return refusals[0]
+    return f"accepts {samples - len(refusals)} of {samples}, else: {refusals[0]}"
+
+
+@app.command()
+def compile(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A preset (v2-lite, v3, ...), a transformers model type, or a folder with config.json."
+        ),
+    ],
+    tiny: Annotated[bool, typer.Option(help="Shrink every width to a test's size.")] = False,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Number of layers, instead of the config's.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    weights: Annotated[bool, typer.Option(help="Load the folder's weights instead of random ones.")] = False,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 32,
+    steps: Annotated[int, typer.Option(min=1, help="Decode steps after it.")] = 3,
+    kernel: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OP=BACKEND", help="Try this backend first for this op (repeatable)."),
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Compile a model, run a prefill and decode steps, and print what dsopt did to it."""
+    _need_transformers((5, 17))
+    from dsopt import explain
+
+    chosen = dict(item.partition("=")[::2] for item in kernel or [])
+    try:
+        given = explain.Request(model, tiny, layers, dtype, weights, tokens, steps, chosen)
+        result, report = explain.run(given, _console(json_file))
+    except (ValueError, OSError, MemoryError) as error:
+        raise _fail(str(error)) from error
+    _console(json_file).print(report)
+    _write(result, json_file)

@@ -1,0 +1,250 @@
+"""One transformers model run three ways (eager, Inductor, dsopt) on the same inputs, in turns.
+
+Every figure is a median over calls that alternate between the ways, so that a slow moment of the machine
+falls on all of them. A way that fails is left out with its error; the others go on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsopt.models import presets
+
+WAYS = ("eager", "inductor", "dsopt")
+ROOM = 64  # free slots of a cache beyond the tokens it holds
+
+
+def quiet() -> None:
+    """Silences what libraries say about themselves while models are built and compiled."""
+    import transformers
+
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    # graphs of both compilers share one limit per function, and each cache size may need one of each
+    torch._dynamo.config.recompile_limit = 64
+
+
+def ways(model: torch.nn.Module) -> dict[str, Callable]:
+    """The model as each way calls it, weights shared."""
+    import dsopt
+
+    return {"eager": model, "inductor": torch.compile(model), "dsopt": dsopt.compile(model)}
+
+
+def filled_cache(config: Any, cached: int, buffer: int | None = None, dtype: torch.dtype = torch.bfloat16):
+    """A StaticCache of `buffer` slots whose first `cached` hold random latents, as after a prefill."""
+    from transformers import StaticCache
+
+    cache = StaticCache(config=config, max_cache_len=buffer or cached + ROOM)
+    generator = torch.Generator().manual_seed(cached)
+    for layer in range(config.num_hidden_layers):
+        latent, rope = (
+            torch.randn(1, 1, cached, width, generator=generator).to(dtype)
+            for width in (config.kv_lora_rank, config.qk_rope_head_dim)
+        )
+        cache.update(latent, rope, layer)
+    return cache
+
+
+def rewind(cache: Any, cached: int) -> None:
+    """Forgets what was appended after the first `cached` tokens."""
+    for layer in cache.layers:
+        layer.cumulative_length.fill_(cached)
+
+
+def decode(model: Callable, token: torch.Tensor, cache: Any, position: int) -> torch.Tensor:
+    """Logits of one decode step that appends to the cache."""
+    positions = torch.tensor([[position]])
+    return model(
+        input_ids=token, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+    ).logits
+
+
+def prefill(model: Callable, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits of the last token of a prompt, without a cache."""
+    return model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits
+
+
+def random_tokens(vocabulary: int, count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(vocabulary, (1, count), generator=torch.Generator().manual_seed(seed))
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error, short enough for a table."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:160]
+
+
+class Comparison:
+    """Measures one model; each method returns plain data with one entry per way that works."""
+
+    def __init__(self, model: torch.nn.Module, step: Callable[[str], None] = lambda text: None):
+        self.config = model.config
+        self.ways = ways(model)
+        self.failed: dict[str, str] = {}
+        self.step = step
+
+    def _first_calls(self, what: str, call: Callable[[str], Any], only: Collection[str]) -> dict[str, Any]:
+        """What each way returns from its first call, which compiles; a way that raises is dropped."""
+        outputs = {}
+        for way in [way for way in self.ways if way in only]:
+            self.step(f"{what}: {way}, first call")
+            try:
+                outputs[way] = call(way)
+            except Exception as error:  # one compiler's failure is a finding, not the end of the comparison
+                self.failed[way] = f"{what}: {reason(error)}"
+                del self.ways[way]
+        return outputs
+
+    def _medians(
+        self, what: str, call: Callable[[str], Any], repetitions: int, chosen: Collection[str]
+    ) -> dict[str, float]:
+        seconds: dict[str, list[float]] = {way: [] for way in chosen}
+        for repetition in range(repetitions):
+            for way, taken in seconds.items():
+                self.step(f"{what}: {way}, {repetition + 1} of {repetitions}")
+                start = time.perf_counter()
+                call(way)
+                taken.append(time.perf_counter() - start)
+        return {way: statistics.median(taken) for way, taken in seconds.items()}
+
+    @torch.inference_mode()
+    def decode(
+        self, cached: int, repetitions: int, buffer: int | None = None, only: Collection[str] = WAYS
+    ) -> dict[str, Any]:
+        """Seconds of a decode step with `cached` tokens in the cache, and each way's error against eager."""
+        cache = filled_cache(self.config, cached, buffer)
+        token = random_tokens(self.config.vocab_size, 1)
+        size = buffer or cached + ROOM
+
+        def call(way: str) -> torch.Tensor:
+            rewind(cache, cached)
+            return decode(self.ways[way], token, cache, cached)
+
+        what = f"decode, {cached} cached of {size}"
+        logits = self._first_calls(what, lambda way: call(way).double(), only)
+        return {
+            "cached": cached,
+            "buffer": size,
+            "threads": torch.get_num_threads(),
+            "repetitions": repetitions,
+            "seconds": self._medians(what, call, repetitions, logits),
+            "error": errors(logits),
+        }
+
+    @torch.inference_mode()
+    def prefill(self, tokens: int, repetitions: int, only: Collection[str] = WAYS) -> dict[str, Any]:
+        """Seconds of a forward pass over `tokens` new tokens, and each way's error against eager."""
+        prompt = random_tokens(self.config.vocab_size, tokens)
+
+        def call(way: str) -> torch.Tensor:
+            return prefill(self.ways[way], prompt)
+
+        what = f"prefill of {tokens}"
+        logits = self._first_calls(what, lambda way: call(way).double(), only)
+        return {
+            "tokens": tokens,
+            "threads": torch.get_num_threads(),
+            "repetitions": repetitions,
+            "seconds": self._medians(what, call, repetitions, logits),
+            "error": errors(logits),
+        }
+
+    @torch.inference_mode()
+    def greedy(self, cached: int, steps: int) -> dict[str, Any]:
+        """How many of eager's greedy tokens each way would choose too, given the same tokens before.
+
+        Random weights make close calls, so the smallest gap between eager's first and second choice is
+        given with it: a way may differ where that gap is within the rounding of the logits.
+        """
+        cache = filled_cache(self.config, cached)
+        tokens = [random_tokens(self.config.vocab_size, 1)]
+        gap = float("inf")
+        chosen: dict[str, list[int]] = {way: [] for way in self.ways}
+        for way, model in self.ways.items():
+            rewind(cache, cached)
+            for i in range(steps):
+                self.step(f"greedy tokens: {way}, {i + 1} of {steps}")
+                logits = decode(model, tokens[i], cache, cached + i)[0, -1].float()
+                best = logits.topk(2)
+                chosen[way].append(int(best.indices[0]))
+                if way == "eager":
+                    gap = min(gap, float(best.values[0] - best.values[1]))
+                    tokens.append(torch.tensor([[chosen[way][-1]]]))
+        same = {w: sum(a == b for a, b in zip(chosen["eager"], c)) for w, c in chosen.items()}
+        return {"steps": steps, "same": same, "smallest_gap": gap}
+
+
+def errors(logits: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Relative L2 distance of each way's logits from eager's."""
+    from dsopt.testing import relative_l2
+
+    return {
+        w: relative_l2(y, logits["eager"]) for w, y in logits.items() if w != "eager" and "eager" in logits
+    }
+
+
+def _resident(field: str) -> int:
+    """Bytes of `VmRSS` (now) or `VmHWM` (peak) of this process; 0 where the system does not say."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    return int(re.search(rf"^{field}:\s+(\d+) kB", status, re.M)[1]) * 1024
+
+
+def cold_worker(way: str, preset: str, layers: int, cached: int) -> None:
+    """Runs one way's first and second decode step in this process and prints the figures as JSON."""
+    quiet()
+    model = presets.random_model(presets.config(presets.PRESETS[preset](), num_hidden_layers=layers))
+    with torch.inference_mode():
+        cache = filled_cache(model.config, cached)
+        token = random_tokens(model.config.vocab_size, 1)
+        before = _resident("VmRSS")
+        # writing 5 makes the peak start again from here
+        Path("/proc/self/clear_refs").write_text("5")
+        start = time.perf_counter()
+        call = ways(model)[way]
+        decode(call, token, cache, cached)
+        first = time.perf_counter() - start
+        peak = _resident("VmHWM")
+        rewind(cache, cached)
+        start = time.perf_counter()
+        decode(call, token, cache, cached)
+        second = time.perf_counter() - start
+    print(json.dumps({"first_s": first, "compile_s": first - second, "peak_growth": peak - before}))
+
+
+def cold_start(way: str, preset: str, layers: int, cached: int) -> dict[str, float]:
+    """First decode step of one way in a fresh process with empty compiler caches.
+
+    compile_s: seconds of the first step beyond a second one; peak_growth: bytes of resident memory that the
+    first step needed at its peak beyond what was there before compiling.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        caches = {k: folder for k in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME")}
+        code = f"from dsopt.compare import cold_worker; cold_worker({way!r}, {preset!r}, {layers}, {cached})"
+        # the empty folder is also the working directory: -c puts it first on the module path
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code],
+            cwd=folder,
+            env={**os.environ, **caches, "TOKENIZERS_PARALLELISM": "false"},
+            capture_output=True,
+            text=True,
+        )
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["failed without a message"])[-1])
+    return json.loads(done.stdout.strip().splitlines()[-1])

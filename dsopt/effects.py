@@ -1,0 +1,158 @@
+"""The order of reads and writes of the caller's tensors, which no pass may change.
+
+A cache update is a write in the middle of the graph: reads before it and after it see different data. For
+each thing the graph leaves behind (its outputs and its writes), `effects` tells which versions of which
+written inputs it was computed from; a rewrite may drop such a read but never see another version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+aten = torch.ops.aten
+
+# calls that look at a tensor's size, dtype or device, never at its values
+_METADATA_ONLY = {
+    aten.new_empty.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+    aten.empty_like.default,
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.sym_size.int,
+    aten.sym_numel.default,
+    aten.sym_stride.int,
+}
+# (input, how many times it had been written) pairs
+Versions = frozenset[tuple[str, int]]
+
+
+class EffectError(RuntimeError):
+    """A pass moved a read across a write of the same tensor, or lost, added or reordered a write."""
+
+
+@dataclass(frozen=True)
+class Effects:
+    """writes: names of the inputs written, in order. sinks: what each write and each output read of them."""
+
+    writes: tuple[str, ...]
+    sinks: tuple[Versions, ...]
+
+
+def written(node: Node) -> list[Node]:
+    """The arguments a call writes to."""
+    if node.op != "call_function" or not hasattr(node.target, "_schema"):
+        return []
+    found = []
+    for i, arg in enumerate(node.target._schema.arguments):
+        if arg.alias_info is None or not arg.alias_info.is_write:
+            continue
+        value = node.args[i] if i < len(node.args) and not arg.kwarg_only else node.kwargs.get(arg.name)
+        found += [x for x in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(x, Node)]
+    return found
+
+
+def is_impure(node: Node) -> bool:
+    """True for nodes that dead-code removal must keep: inputs, outputs, writes, and calls of unknown effect."""
+    if node.op in ("placeholder", "output") or written(node):
+        return True
+    if node.op != "call_function":
+        return node.op != "get_attr"
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return getattr(node.target, "__module__", "") not in ("_operator", "operator", "math")
+    return not schema.returns or torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+def bases(gm: GraphModule) -> dict[Node, frozenset[Node]]:
+    """For each node, the inputs or fresh tensors its storage may be part of."""
+    found: dict[Node, frozenset[Node]] = {}
+    for node in gm.graph.nodes:
+        found[node] = frozenset().union(*(found[a] for a in _aliased(node))) or frozenset({node})
+    return found
+
+
+def _aliased(node: Node) -> Iterator[Node]:
+    if node.op != "call_function":
+        return
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        # getitem and sizes: whatever they come from
+        yield from node.all_input_nodes
+        return
+    for i, arg in enumerate(schema.arguments):
+        if arg.alias_info is None:
+            continue
+        value = node.args[i] if i < len(node.args) and not arg.kwarg_only else node.kwargs.get(arg.name)
+        yield from (x for x in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(x, Node))
+    # composite ops whose schema promises nothing but which return their input when there is nothing to do
+    if node.target in _MAYBE_VIEWS and _dtype(node) == _dtype(node.args[0]):
+        yield node.args[0]
+
+
+def _dtype(node: Node) -> torch.dtype | None:
+    return getattr(node.meta.get("val"), "dtype", None)
+
+
+_MAYBE_VIEWS = {
+    overload
+    for packet in (aten.reshape, aten.contiguous, aten.to, aten.flatten, aten.type_as, aten.dropout, aten.expand_as)
+    for overload in (getattr(packet, name) for name in packet.overloads())
+}
+
+
+def effects(gm: GraphModule) -> Effects:
+    """The reads and writes of a graph's inputs, in the order they happen."""
+    base_of = bases(gm)
+    inputs = {n for n in gm.graph.nodes if n.op in ("placeholder", "get_attr")}
+    version: dict[Node, int] = {}
+    for node in gm.graph.nodes:
+        for target in written(node):
+            version.update(dict.fromkeys(base_of[target] & inputs, 0))
+    names = {n: f"input {i}" for i, n in enumerate(n for n in gm.graph.nodes if n in inputs)}
+
+    content: dict[Node, Versions] = {}  # what the data in a fresh tensor was computed from
+    writes: list[str] = []
+    sinks: list[Versions] = []
+
+    def seen(node: Node) -> Versions:
+        """What is read by reading a node's data now."""
+        read = frozenset().union(*(content.get(b, frozenset()) for b in base_of[node]))
+        return read | {(names[b], version[b]) for b in base_of[node] if b in version}
+
+    for node in gm.graph.nodes:
+        if node.op == "output":
+            outputs = node.args[0] if isinstance(node.args[0], (list, tuple)) else [node.args[0]]
+            sinks += [seen(x) if isinstance(x, Node) else frozenset() for x in outputs]
+            continue
+        targets = written(node)
+        is_view = not targets and any(True for _ in _aliased(node))
+        if is_view or node.target in _METADATA_ONLY or node in inputs:
+            continue
+        read = frozenset().union(*(seen(x) for x in node.all_input_nodes))
+        for base in frozenset().union(*(base_of[t] for t in targets)):
+            if base in version:
+                version[base] += 1
+                writes.append(names[base])
+                sinks.append(read)
+            else:
+                content[base] = content.get(base, frozenset()) | read
+        if not targets:
+            content[node] = read
+    return Effects(tuple(writes), tuple(sinks))
+
+
+def check_effects(before: Effects, after: Effects, name: str) -> Effects:
+    """Returns `after`. Raises EffectError if pass `name` changed writes or let a sink see other versions."""
+    if before.writes != after.writes:
+        raise EffectError(f"pass {name} changed the writes from {before.writes} to {after.writes}")
+    for i, (old, new) in enumerate(zip(before.sinks, after.sinks, strict=True)):
+        if new - old:
+            raise EffectError(f"pass {name} lets sink {i} read {sorted(new - old)}, which it did not read before")
+    return after

@@ -1,0 +1,175 @@
+"""What dsopt did to a model: which sites were fused, which kernel each got, and why the rest was not.
+
+A compiled graph keeps its `GraphReport` alive; `report(model)` finds the graphs through the parameters and
+buffers they read, so it works for `model.compile`, `torch.compile(model)` and shallow copies alike.
+"""
+
+from __future__ import annotations
+
+import io
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from rich.console import Console, Group
+from rich.table import Table
+
+from dsopt.capture import WeakIdKeyDictionary
+from dsopt.census import FAMILIES
+from dsopt.op import Refusal
+from dsopt.rewrite import Log
+
+
+@dataclass
+class KernelUse:
+    """One kernel's work in one graph. sites: how often it stands there; calls: how often it has run."""
+
+    op: str
+    backend: str
+    kernel: str
+    refused: tuple[Refusal, ...] = ()
+    sites: int = 0
+    calls: int = 0
+    refreshers: list[Callable[[], object]] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class GraphReport:
+    """One compiled graph. totals: sites by family, counted independently of the passes."""
+
+    name: str
+    nodes_before: int = 0
+    nodes_after: int = 0
+    passes: list[Log] = field(default_factory=list)
+    kernels: list[KernelUse] = field(default_factory=list)
+    totals: dict[str, int] = field(default_factory=dict)
+    compile_s: float = 0.0
+    fallback: str | None = None
+
+    def matched(self) -> dict[str, tuple[int, int]]:
+        """(matched, total) by family. What a pass matched is a site even where the census knows no such table."""
+        hits = {f: sum(log.families.get(f, 0) for log in self.passes) for f in FAMILIES}
+        return {f: (hits[f], max(hits[f], self.totals.get(f, 0))) for f in FAMILIES}
+
+    def to_dict(self) -> dict:
+        return {
+            "name": self.name,
+            "nodes_before": self.nodes_before,
+            "nodes_after": self.nodes_after,
+            "passes": [{"name": p.name, "rewrites": p.rewrites, "misses": p.misses} for p in self.passes],
+            "kernels": [
+                {
+                    "op": k.op,
+                    "sites": k.sites,
+                    "calls": k.calls,
+                    "backend": k.backend,
+                    "kernel": k.kernel,
+                    "refused": [{"kernel": r.kernel, "reason": r.reason} for r in k.refused],
+                }
+                for k in self.kernels
+            ],
+            "compile_s": round(self.compile_s, 3),
+        }
+
+
+class Report:
+    """The graphs of a model, or of all models. `print(report)` shows tables; `to_dict()` is for programs."""
+
+    def __init__(self, graphs: Iterable[GraphReport]):
+        self.graphs = sorted(graphs, key=lambda g: g.name)
+
+    @property
+    def matched(self) -> dict[str, list[int]]:
+        """Family -> [matched, total], summed over graphs: a model compiled to two graphs counts each site twice."""
+        sums = {f: [0, 0] for f in FAMILIES}
+        for graph in self.graphs:
+            for family, counts in graph.matched().items():
+                sums[family] = [a + b for a, b in zip(sums[family], counts, strict=True)]
+        return sums
+
+    @property
+    def fallbacks(self) -> list[str]:
+        """Why graphs, or sites, run as PyTorch spelled them."""
+        return [f"{g.name}: {g.fallback}" for g in self.graphs if g.fallback is not None]
+
+    def to_dict(self) -> dict:
+        """{"graphs": [...], "matched": {family: [matched, total]}, "fallbacks": [reason]}."""
+        return {
+            "graphs": [g.to_dict() for g in self.graphs],
+            "matched": self.matched,
+            "fallbacks": self.fallbacks,
+        }
+
+    def __rich__(self) -> Group:
+        if not self.graphs:
+            return Group("No graph was compiled by dsopt. A model compiles on its first call, not before.")
+        sites = Table(title="Sites matched", title_justify="left")
+        for column in ("graph", "nodes", "compile", *FAMILIES):
+            sites.add_column(column)
+        for g in self.graphs:
+            counts = (f"{a}/{b}" if b else "-" for a, b in g.matched().values())
+            sites.add_row(g.name, f"{g.nodes_before} → {g.nodes_after}", f"{g.compile_s:.2f} s", *counts)
+        kernels = Table(title="Kernels", title_justify="left")
+        for column in ("graph", "op", "kernel", "sites", "calls", "refused before it"):
+            kernels.add_column(column, overflow="fold")
+        for g in self.graphs:
+            for k in g.kernels:
+                refused = "\n".join(f"{r.kernel}: {r.reason}" for r in k.refused)
+                kernels.add_row(g.name, k.op, k.kernel, str(k.sites), str(k.calls), refused)
+        parts = [sites, kernels]
+        misses = [(g.name, p.name, m) for g in self.graphs for p in g.passes for m in p.misses]
+        if misses:
+            missed = Table(title="Near misses", title_justify="left")
+            for column in ("graph", "pass", "site", "reason"):
+                missed.add_column(column, overflow="fold")
+            for graph, name, m in misses:
+                missed.add_row(graph, name, m["site"], m["reason"])
+            parts.append(missed)
+        return Group(*parts, *(f"[yellow]fallback[/] {reason}" for reason in self.fallbacks))
+
+    def __str__(self) -> str:
+        out = io.StringIO()
+        Console(file=out, width=110).print(self)
+        return out.getvalue().rstrip()
+
+
+class GraphIndex:
+    """Which graphs read which tensors. Holds neither: a graph goes when Dynamo drops its compiled code."""
+
+    def __init__(self):
+        self._graphs: weakref.WeakSet[GraphReport] = weakref.WeakSet()
+        self._by_tensor = WeakIdKeyDictionary()
+        self._count = 0
+
+    def new(self) -> GraphReport:
+        """An empty report with the next name, known to the index while someone holds it."""
+        graph = GraphReport(f"graph{self._count}")
+        self._count += 1
+        self._graphs.add(graph)
+        return graph
+
+    def reads(self, graph: GraphReport, tensors: Iterable[torch.Tensor]) -> None:
+        for tensor in tensors:
+            readers = self._by_tensor.get(tensor)
+            if readers is None:
+                readers = self._by_tensor[tensor] = weakref.WeakSet()
+            readers.add(graph)
+
+    def find(self, model: torch.nn.Module | None) -> set[GraphReport]:
+        if model is None:
+            return set(self._graphs)
+        tensors = [*model.parameters(), *model.buffers()]
+        return {g for t in tensors if (readers := self._by_tensor.get(t)) is not None for g in readers}
+
+
+GRAPHS = GraphIndex()
+
+
+def report(model: torch.nn.Module | None = None) -> Report:
+    """What dsopt did to a model so far, or to every model of this process.
+
+    A graph is listed once it was compiled, which the first call with new shapes does; `calls` counts up as
+    the model runs. Graphs that were dropped (`torch.compiler.reset()`) are gone.
+    """
+    return Report(GRAPHS.find(model))

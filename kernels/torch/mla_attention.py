@@ -1,0 +1,136 @@
+"""Latent attention through ATen: absorbed for few new tokens, expanded by groups of heads for many.
+
+absorbed   scores = (q_nope w_uk) latent^T + q_rope k_rope^T; out = (softmax(scores) latent) w_uv^T
+expanded   keys and values of a group of heads are made from the latent, then ATen's fused attention
+
+Per head and cached token the first costs new * (2 rank + rope) multiply-adds, the second rank * (nope + v) once
+and new * (nope + rope + v) on top; `absorbs` takes the cheaper.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from dsopt.op import Kernel
+
+# expanded keys and values of one group of heads are kept below this, so that prefill needs little memory
+_GROUP_BYTES = 64 << 20
+
+
+def absorbs(new: int, rank: int, rope: int, nope: int, v: int) -> bool:
+    """True when attending to the latent itself costs fewer multiply-adds than expanding it first."""
+    return new * (2 * rank + rope) <= rank * (nope + v) + new * (nope + rope + v)
+
+
+def visible_length(mask: torch.Tensor | None, new: int, cached: int, is_causal: bool) -> int:
+    """How many leading cached tokens any query can see: what a static buffer holds beyond is not read.
+
+    A row of an additive mask that hides every key with a finite value spreads its weight over all of them, so
+    such a mask keeps the whole length.
+    """
+    if is_causal:
+        return min(new, cached)
+    if mask is None or cached == 0 or mask.numel() == 0:
+        return cached
+    rows = mask.expand(*mask.shape[:-1], cached).reshape(-1, cached)
+    seen = rows if mask.dtype == torch.bool else rows > -1e30 if mask.dtype != torch.float16 else rows > -65504
+    if mask.dtype != torch.bool and not bool((seen.any(-1) | (rows == float("-inf")).all(-1)).all()):
+        return cached
+    columns = seen.any(0).nonzero()
+    return int(columns[-1]) + 1 if columns.numel() else 0
+
+
+def absorbed(
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    w_uk: torch.Tensor,
+    w_uv: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    """The op's formula with both expansions moved to the query side; heads share one GEMM over the latent."""
+    batch, heads, new, _ = q_nope.shape
+    cached, rank = latent.shape[1:]
+    q = torch.cat((torch.einsum("bhsd,hdr->bhsr", q_nope, w_uk), q_rope), -1)
+    keys = torch.cat((latent, k_rope), -1)
+    scores = torch.bmm(q.reshape(batch, heads * new, -1), keys.transpose(1, 2))
+    weights = _softmax(scores.view(batch, heads, new, cached), mask, scale, is_causal)
+    out = torch.bmm(weights.to(latent.dtype).view(batch, heads * new, cached), latent).view(batch, heads, new, rank)
+    return torch.einsum("bhsr,hdr->bshd", out, w_uv).contiguous()
+
+
+def _softmax(scores: torch.Tensor, mask: torch.Tensor | None, scale: float, is_causal: bool) -> torch.Tensor:
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).mul_(scale)
+    if mask is not None and mask.dtype == torch.bool:
+        scores.masked_fill_(~mask, float("-inf"))
+    elif mask is not None:
+        scores += mask
+    if is_causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores.masked_fill_(future, float("-inf"))
+    # a query that may see nothing gives zeros, not NaN
+    return scores.softmax(-1).nan_to_num_(0.0)
+
+
+def expanded(
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    w_uk: torch.Tensor,
+    w_uv: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    """Keys and values made from what is visible of the latent, then fused attention, a group of heads at a time."""
+    batch, heads, new, nope = q_nope.shape
+    cached, v = latent.shape[1], w_uv.shape[1]
+    length = visible_length(mask, new, cached, is_causal)
+    out = torch.empty(batch, new, heads, v, dtype=q_nope.dtype, device=q_nope.device)
+    if length == 0:
+        return out.zero_()
+    latent, k_rope = latent[:, :length], k_rope[:, :length]
+    if mask is not None and mask.shape[-1] != 1:
+        mask = mask[..., :length]
+    rope = q_rope.shape[-1]
+    per_head = batch * length * 2 * (nope + rope) * latent.element_size()
+    step = max(1, min(heads, _GROUP_BYTES // max(1, per_head)))
+    for h in range(0, heads, step):
+        group = slice(h, min(h + step, heads))
+        count = group.stop - group.start
+        k = torch.empty(batch, count, length, nope + rope, dtype=latent.dtype, device=latent.device)
+        k[..., :nope] = F.linear(latent, w_uk[group].flatten(0, 1)).view(batch, length, count, nope).transpose(1, 2)
+        k[..., nope:] = k_rope.unsqueeze(1)
+        # fused attention on CPU wants values as wide as keys
+        wide = nope + rope if v < nope + rope else v
+        values = torch.zeros(batch, count, length, wide, dtype=latent.dtype, device=latent.device)
+        values[..., :v] = F.linear(latent, w_uv[group].flatten(0, 1)).view(batch, length, count, v).transpose(1, 2)
+        q = torch.cat((q_nope[:, group], q_rope[:, group]), -1)
+        got = F.scaled_dot_product_attention(q, k, values, mask, scale=scale, is_causal=is_causal)
+        out[:, :, group] = got[..., :v].transpose(1, 2)
+    return out
+
+
+def mla_attention(
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    w_uk: torch.Tensor,
+    w_uv: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    new, rank = q_nope.shape[2], latent.shape[-1]
+    cheap = absorbs(new, rank, q_rope.shape[-1], q_nope.shape[-1], w_uv.shape[1])
+    variant = absorbed if cheap and not is_causal else expanded
+    return variant(q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal)
+
+
+KERNELS = (Kernel(op="mla_attention", backend="torch", plan=lambda *_: mla_attention, priority=1),)

@@ -1,0 +1,87 @@
+"""linear(silu(linear(x, w_gate)) * linear(x, w_up), w_down) -> gated_mlp(x, w_gate, w_up, w_down)
+
+Gate and up may be one merged linear whose output is sliced in two; biases are carried along.
+"""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule, Node
+
+from dsopt.ops.linear import gated_mlp
+from dsopt.rewrite import (
+    Bindings,
+    Call,
+    Emitter,
+    Log,
+    Var,
+    argument,
+    aten,
+    best_match,
+    is_inner_dim,
+    is_op,
+    is_tensor,
+    mul,
+    other_reader,
+    precedes,
+    replace,
+    shape,
+    val,
+)
+
+GATE, UP = Var("gate", is_tensor), Var("up", is_tensor)
+GATED = Call((aten.linear.default,), (mul(Call((aten.silu.default,), (GATE,)), UP), Var("w_down", is_tensor)))
+
+
+def run(gm: GraphModule, log: Log) -> None:
+    for node in list(gm.graph.nodes):
+        found = best_match(GATED, node)
+        if found is not None:
+            _fuse(gm, node, found, log)
+
+
+def _fuse(gm: GraphModule, node: Node, found: Bindings, log: Log) -> None:
+    emit = Emitter(gm, node)
+    gate, up = found["gate"], found["up"]
+    halves = _merged(gate, up)
+    inner = [*found["inner"], gate, up, *([halves] if halves is not None else [])]
+    if halves is None and not (is_op(gate, aten.linear.default) and is_op(up, aten.linear.default)):
+        log.miss(node, "gate and up are not both linear in the input")
+        return
+    if halves is None and gate.args[0] is not up.args[0]:
+        log.miss(node, "gate and up read different inputs")
+        return
+    if (reader := other_reader(node, inner)) is not None:
+        log.miss(node, f"{reader.name} is read by another node")
+        return
+    source = halves if halves is not None else gate
+    x, w_down, b_down = source.args[0], found["w_down"], argument(node, "bias")
+    if not all(val(w).ndim == 2 for w in (argument(gate if halves is None else halves, "weight"), w_down)):
+        log.miss(node, "a weight is not a matrix")
+        return
+    log.hit("mlp")
+    if halves is None:
+        (w_gate, b_gate), (w_up, b_up) = ((argument(n, "weight"), argument(n, "bias")) for n in (gate, up))
+    else:
+        w, b = argument(halves, "weight"), argument(halves, "bias")
+        (w_gate, b_gate), (w_up, b_up) = (
+            tuple(None if t is None else emit(aten.slice.Tensor, t, 0, *_bounds(part)) for t in (w, b))
+            for part in (gate, up)
+        )
+    new = emit(gated_mlp.overload, x, w_gate, w_up, w_down, b_gate, b_up, b_down, like=val(node))
+    replace(node, new)
+
+
+def _bounds(part: Node) -> tuple[int, int]:
+    start = argument(part, "start") or 0
+    return start, start + shape(part)[-1]
+
+
+def _merged(gate: Node, up: Node) -> Node | None:
+    """The linear whose output gate and up are slices of."""
+    for part in (gate, up):
+        if not is_op(part, aten.slice.Tensor) or argument(part, "step") != 1:
+            return None
+        if not is_inner_dim(argument(part, "dim"), val(part).ndim) or (argument(part, "start") or 0) < 0:
+            return None
+    source = gate.args[0]
+    return source if source is up.args[0] and is_op(source, aten.linear.default) else None

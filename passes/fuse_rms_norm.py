@@ -1,0 +1,150 @@
+"""x * rsqrt(mean(x^2) + eps) * weight -> rms_norm(x, weight, eps)
+
+and, where x = a + b is a residual sum, (rms_norm(a + b, weight, eps), a + b) -> add_rms_norm(a, b, weight, eps).
+Casts may stand anywhere between; the op computes in float32 and rounds once, which eager does twice.
+"""
+
+from __future__ import annotations
+
+import operator
+
+from torch.fx import GraphModule, Node
+
+import dsopt.ops.norm as ops
+from dsopt.rewrite import (
+    Bindings,
+    Call,
+    Cast,
+    Const,
+    Emitter,
+    Log,
+    Pattern,
+    Var,
+    add,
+    argument,
+    aten,
+    best_match,
+    is_inner_dim,
+    is_op,
+    is_tensor,
+    last_cast,
+    mul,
+    other_reader,
+    precedes,
+    replace,
+    same_shape,
+    shape,
+    val,
+)
+
+
+def _scaled(x: Pattern) -> Pattern:
+    """x * rsqrt(mean(x^2, -1, keepdim) + eps)."""
+    square = Call((aten.pow.Tensor_Scalar,), (Cast(x), Const(2)))
+    mean = Call((aten.mean.dim,), (square, Var("dims"), Const(True)))
+    eps = Var("eps", lambda v: isinstance(v, float))
+    return mul(Cast(x), Cast(Call((aten.rsqrt.default,), (add(Cast(mean), eps),))))
+
+
+NORMALIZED = _scaled(Var("x", is_tensor))
+WEIGHTED = mul(
+    Cast(NORMALIZED), Cast(Var("weight", lambda v: is_tensor(v) and val(v).ndim == 1))
+)
+
+
+def run(gm: GraphModule, log: Log) -> None:
+    taken: set[Node] = set()
+    for node in list(gm.graph.nodes):
+        if is_op(node, aten.rms_norm.default):
+            _native(gm, node, log)
+        found = _find(WEIGHTED, node)
+        if found is not None:
+            taken.update(found["inner"])
+            _fuse(gm, node, found, log)
+    for node in list(gm.graph.nodes):
+        found = _find(NORMALIZED, node) if node not in taken else None
+        if found is not None and node.users:
+            taken.update(found["inner"])
+            _fuse(gm, node, found, log)
+    for node in gm.graph.nodes:
+        if is_op(node, aten.rsqrt.default) and node not in taken and _is_norm_like(node):
+            log.miss(node, "not x * rsqrt(mean(x^2, -1) + eps): eps, the mean or the product stands elsewhere")
+
+
+def _find(pattern: Pattern, node: Node) -> Bindings | None:
+    if not is_op(node, aten.mul.Tensor):
+        return None
+    return best_match(pattern, node, lambda w: val(w["x"]).dtype == val(last_cast(node, val(w["x"]).dtype)).dtype)
+
+
+def _is_norm_like(rsqrt: Node) -> bool:
+    """rsqrt of something made of a mean of squares within three steps."""
+    frontier = {rsqrt}
+    for _ in range(4):
+        frontier = {a for n in frontier for a in n.all_input_nodes}
+        if any(is_op(n, aten.mean.dim) and is_op(_uncast(n.args[0]), aten.pow.Tensor_Scalar) for n in frontier):
+            return True
+    return False
+
+
+def _uncast(node: Node) -> Node:
+    while is_op(node, aten.to.dtype):
+        node = node.args[0]
+    return node
+
+
+def _native(gm: GraphModule, node: Node, log: Log) -> None:
+    x, sizes, weight, eps = (argument(node, a) for a in ("input", "normalized_shape", "weight", "eps"))
+    if len(sizes) != 1 or eps is None:
+        log.miss(node, "rms_norm over more than the last dim" if len(sizes) != 1 else "eps is left to torch")
+    elif weight is not None and val(weight).dtype != val(x).dtype:
+        log.miss(node, "weight and input differ in dtype")
+    else:
+        _rewrite(gm, node, x, weight, eps, log)
+
+
+def _fuse(gm: GraphModule, node: Node, found: Bindings, log: Log) -> None:
+    x, weight = found["x"], found.get("weight")
+    root = last_cast(node, val(x).dtype)
+    dims = found["dims"]
+    casts_of_x = [n for n in found["inner"] if is_op(n, aten.to.dtype) and n.args[0] is x]
+    if reader := other_reader(root, [*found["inner"], node], casts_of_x):
+        log.miss(node, f"an intermediate value is read by another node, {next(iter(_outside(reader, found, root)))}")
+    elif len(dims) != 1 or not is_inner_dim(dims[0], val(x).ndim):
+        log.miss(node, f"the mean runs over dims {list(dims)}, not over the last")
+    elif val(root).dtype != val(x).dtype:
+        log.miss(node, f"the result is {val(root).dtype} but the input is {val(x).dtype}")
+    elif weight is not None and val(weight).dtype != val(x).dtype and _uncast(weight) is weight:
+        log.miss(node, f"weight is {val(weight).dtype} but the input is {val(x).dtype}")
+    elif weight is not None and not same_shape(shape(weight), shape(x)[-1:]):
+        log.miss(node, "the weight's size is not the input's last size")
+    else:
+        _rewrite(gm, root, x, _uncast(weight) if weight is not None else None, found["eps"], log)
+
+
+def _outside(reader: Node, found: Bindings, root: Node):
+    inside = {root, *found["inner"]}
+    return (u.name for u in reader.users if u not in inside)
+
+
+def _rewrite(gm: GraphModule, root: Node, x: Node, weight: Node | None, eps: float, log: Log) -> None:
+    log.hit("norm")
+    parts = _residual_sum(x, weight)
+    if parts is None:
+        new = Emitter(gm, root)(ops.rms_norm.overload, x, weight, eps, like=val(root))
+        replace(root, new)
+        return
+    emit = Emitter(gm, x.next)
+    both = emit(ops.add_rms_norm.overload, *parts, weight, eps)
+    normed, total = (emit(operator.getitem, both, i) for i in (0, 1))
+    replace(x, total)
+    replace(root, normed)
+
+
+def _residual_sum(x: Node, weight: Node | None) -> tuple[Node, Node] | None:
+    """(a, b) when x is a + b of one shape and dtype and the weight is known where x is computed."""
+    if not is_op(x, aten.add.Tensor) or x.kwargs or not all(is_tensor(a) for a in x.args):
+        return None
+    a, b = x.args
+    alike = all(same_shape(shape(p), shape(x)) and val(p).dtype == val(x).dtype for p in (a, b))
+    return (a, b) if alike and (weight is None or precedes(weight, x)) else None

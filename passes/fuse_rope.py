@@ -1,0 +1,142 @@
+"""Rotations of pairs by a table of cosines and sines -> rope(x, cos, sin, interleaved_in, interleaved_out)
+
+    half-split    x * cos + cat(-x[h:], x[:h]) * sin
+    pairwise      cat or stack of (a * cos - b * sin, b * cos + a * sin), a and b the halves or even/odd of x
+    complex       view_as_real(view_as_complex(x) * table)
+"""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule, Node
+
+from dsopt.ops.rope import rope
+from dsopt.rewrite import (
+    Bindings,
+    Call,
+    Cast,
+    Emitter,
+    Items,
+    Log,
+    Pattern,
+    Var,
+    add,
+    argument,
+    aten,
+    best_match,
+    is_inner_dim,
+    is_op,
+    is_tensor,
+    last_cast,
+    mul,
+    other_reader,
+    replace,
+    same_shape,
+    shape,
+    sub,
+    val,
+)
+
+X, COS, SIN = Var("x", is_tensor), Var("cos", is_tensor), Var("sin", is_tensor)
+A, B = Var("a", is_tensor), Var("b", is_tensor)
+_NEG_B = Call((aten.neg.default,), (B,))
+
+HALF_SPLIT = add(
+    mul(X, COS),
+    mul(Call((aten.cat.default,), (Items((_NEG_B, A)), Var("dim"))), SIN),
+)
+_ROTATED_A = sub(mul(A, COS), mul(B, SIN))
+_ROTATED_B = add(mul(B, COS), mul(A, SIN))
+PAIRWISE_HALVES = Call((aten.cat.default,), (Items((Cast(_ROTATED_A), Cast(_ROTATED_B))), Var("dim")))
+_STACK = Call((aten.stack.default,), (Items((Cast(_ROTATED_A), Cast(_ROTATED_B))), Var("dim")))
+PAIRWISE_INTERLEAVED = Call((aten.flatten.using_ints, aten.reshape.default, aten.view.default), (_STACK,))
+_PAIRS = Call((aten.reshape.default, aten.view.default), (Cast(X), Var("sizes")))
+_COMPLEX = Call((aten.view_as_complex.default,), (_PAIRS,))
+COMPLEX = Call(
+    (aten.flatten.using_ints, aten.reshape.default, aten.view.default),
+    (Call((aten.view_as_real.default,), (mul(_COMPLEX, Var("table", is_tensor)),)),),
+)
+
+
+def run(gm: GraphModule, log: Log) -> None:
+    for node in list(gm.graph.nodes):
+        for pattern, rewrite in (
+            (HALF_SPLIT, _half_split),
+            (PAIRWISE_HALVES, _pairwise),
+            (PAIRWISE_INTERLEAVED, _pairwise),
+            (COMPLEX, _complex),
+        ):
+            found = best_match(pattern, node, lambda w, node=node: _keeps_dtype(node, w))
+            if found is not None:
+                rewrite(gm, node, found, log)
+                break
+
+
+def _keeps_dtype(node: Node, found: Bindings) -> bool:
+    x = found.get("x")
+    return x is None or val(x).dtype == val(last_cast(node, val(x).dtype)).dtype
+
+
+def _slice_of(node: Node) -> tuple[Node, tuple] | None:
+    """(x, (start, stop, step)) for a slice of x's last dim."""
+    if not is_op(node, aten.slice.Tensor) or not is_inner_dim(argument(node, "dim"), val(node).ndim):
+        return None
+    start, stop, step = (argument(node, a) for a in ("start", "end", "step"))
+    width = shape(node.args[0])[-1]
+    return node.args[0], (start or 0, width if stop is None or stop >= width else stop, step)
+
+
+def _pair_layout(a: Node, b: Node) -> tuple[Node, bool] | None:
+    """(x, interleaved) when a and b are the even and odd elements of x, or its halves."""
+    left, right = _slice_of(a), _slice_of(b)
+    if left is None or right is None or left[0] is not right[0] or shape(left[0])[-1] % 2:
+        return None
+    width = shape(left[0])[-1]
+    if (left[1], right[1]) == ((0, width, 2), (1, width, 2)):
+        return left[0], True
+    if (left[1], right[1]) == ((0, width // 2, 1), (width // 2, width, 1)):
+        return left[0], False
+    return None
+
+
+def _half_split(gm: GraphModule, node: Node, found: Bindings, log: Log) -> None:
+    pair = _pair_layout(found["a"], found["b"])
+    if pair is None or pair != (found["x"], False) or not is_inner_dim(found["dim"], val(node).ndim):
+        return
+    _emit(gm, node, found, found["x"], found["cos"], found["sin"], (False, False), log)
+
+
+def _pairwise(gm: GraphModule, node: Node, found: Bindings, log: Log) -> None:
+    pair = _pair_layout(found["a"], found["b"])
+    stacked = not is_op(node, aten.cat.default)
+    if pair is None or not is_inner_dim(found["dim"], val(node).ndim + stacked):
+        return
+    x, interleaved_in = pair
+    _emit(gm, node, found, x, found["cos"], found["sin"], (interleaved_in, stacked), log)
+
+
+def _complex(gm: GraphModule, node: Node, found: Bindings, log: Log) -> None:
+    x, sizes, table = found["x"], found["sizes"], found["table"]
+    if sizes[-1] != 2 or not val(table).is_complex() or val(node).ndim != val(x).ndim:
+        return
+    emit = Emitter(gm, next(n for n in found["inner"] if is_op(n, aten.mul.Tensor)))
+    parts = emit(aten.view_as_real.default, table)
+    cos, sin = (emit(aten.select.int, parts, -1, i) for i in (0, 1))
+    _emit(gm, node, found, x, cos, sin, (True, True), log)
+
+
+def _emit(
+    gm: GraphModule, node: Node, found: Bindings, x: Node, cos: Node, sin: Node, layout: tuple[bool, bool], log: Log
+) -> None:
+    root = last_cast(node, val(x).dtype)
+    sources = [n for n in found["inner"] if is_op(n, aten.to.dtype) and n.args[0] is x]
+    if other_reader(root, [*found["inner"], node], sources):
+        log.miss(node, "part of the rotation is read by another node")
+    elif val(root).dtype != val(x).dtype:
+        log.miss(node, f"the result is {val(root).dtype} but the input is {val(x).dtype}")
+    elif not same_shape(shape(root), shape(x)):
+        log.miss(node, "the table broadcasts the input to another shape")
+    elif shape(cos)[-1] not in (shape(x)[-1], shape(x)[-1] // 2) or not same_shape(shape(cos)[-1:], shape(sin)[-1:]):
+        log.miss(node, "the tables are neither as wide as the input nor half of it")
+    else:
+        log.hit("rope")
+        replace(root, Emitter(gm, root)(rope.overload, x, cos, sin, *layout, like=val(root)))
