@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,7 +45,9 @@ def _root(
 
 def _console(target: str | None) -> Console:
     """Where tables go: standard output, or standard error when JSON takes standard output."""
-    return Console(stderr=target == "-")
+    console = Console(stderr=target == "-")
+    # a file or a pipe has no width of its own, and the default of 80 folds the tables
+    return console if console.is_terminal else Console(stderr=target == "-", width=120)
 
 
 def _write(data: dict[str, Any], target: str | None) -> None:
@@ -105,7 +105,7 @@ def env(json_file: Json = None) -> None:
     _write(description, json_file)
     if json_file == "-":
         return
-    console = Console()
+    console = _console(json_file)
     cpu, memory = description["cpu"], description["memory"]
     facts = Table(title="Machine", title_justify="left", show_header=False)
     facts.add_row("system", description["system"])
@@ -122,12 +122,19 @@ def env(json_file: Json = None) -> None:
     facts.add_row("versions", "\n".join(f"{k} {v or '-'}" for k, v in description["versions"].items()))
     console.print(facts)
 
-    table = Table(title="Kernels, in the order they are tried", title_justify="left")
-    for column in ("op", "device", "dtype", "kernel", "verdict on the op's sample inputs"):
+    dtypes = sorted({row["dtype"] for row in description["kernels"]}, reverse=True)
+    table = Table(
+        title="Kernels, in the order they are tried on each op's sample inputs", title_justify="left"
+    )
+    for column in ("device", "kernel", *dtypes):
         table.add_column(column, overflow="fold")
+    verdicts: dict[tuple[str, str], dict[str, str]] = {}
     for row in description["kernels"]:
-        style = None if row["accepts"] else "dim"
-        table.add_row(row["op"], row["device"], row["dtype"], row["kernel"], row["verdict"], style=style)
+        verdicts.setdefault((row["device"], row["kernel"]), {})[row["dtype"]] = row["verdict"]
+    for (device, kernel), by_dtype in verdicts.items():
+        # the reference, which takes everything, is the last of its op
+        last = kernel.startswith("reference.")
+        table.add_row(device, kernel, *(by_dtype.get(dtype, "") for dtype in dtypes), end_section=last)
     console.print(table)
 
     variables = Table(title="Environment variables", title_justify="left")
@@ -144,7 +151,8 @@ def _isa() -> str:
 
         from dsopt import _cpu
 
-        return f"{_cpu.isa()} (of {', '.join(_cpu.isas())}; PyTorch uses {torch.backends.cpu.get_cpu_capability()})"
+        of_torch = torch.backends.cpu.get_cpu_capability()
+        return f"{_cpu.isa()} (of {', '.join(_cpu.isas())}; PyTorch uses {of_torch})"
     except (ImportError, ValueError) as error:
         return f"none: {error}"
 
@@ -218,13 +226,22 @@ def compile(
 ) -> None:
     """Compile a model, run a prefill and decode steps, and print what dsopt did to it."""
     _need_transformers((5, 17))
-    from dsopt import explain
+    from dsopt.progress import Steps
+    from dsopt.trial import Request, run
 
     chosen = dict(item.partition("=")[::2] for item in kernel or [])
+    console = _console(json_file)
     try:
-        given = explain.Request(model, tiny, layers, dtype, weights, tokens, steps, chosen)
-        result, report = explain.run(given, _console(json_file))
+        with Steps(console) as step:
+            figures, report = run(Request(model, tiny, layers, dtype, weights, tokens, steps, chosen), step)
     except (ValueError, OSError, MemoryError) as error:
         raise _fail(str(error)) from error
-    _console(json_file).print(report)
-    _write(result, json_file)
+    seconds = figures["seconds"]
+    decode = ", ".join(f"{taken:.3f}" for taken in seconds["decode"])
+    console.print(
+        f"{model}, {figures['layers']} layers: prompt of {tokens} {seconds['prompt']:.2f} s with compiling; "
+        f"decode steps {decode} s, the first with compiling",
+        highlight=False,
+    )
+    console.print(report)
+    _write(figures, json_file)

@@ -101,7 +101,7 @@ class Comparison:
         """What each way returns from its first call, which compiles; a way that raises is dropped."""
         outputs = {}
         for way in [way for way in self.ways if way in only]:
-            self.step(f"{what}: {way}, first call")
+            self.step(f"{what}, {way}, first call")
             try:
                 outputs[way] = call(way)
             except Exception as error:  # one compiler's failure is a finding, not the end of the comparison
@@ -115,7 +115,7 @@ class Comparison:
         seconds: dict[str, list[float]] = {way: [] for way in chosen}
         for repetition in range(repetitions):
             for way, taken in seconds.items():
-                self.step(f"{what}: {way}, {repetition + 1} of {repetitions}")
+                self.step(f"{what}, {way}, {repetition + 1} of {repetitions}")
                 start = time.perf_counter()
                 call(way)
                 taken.append(time.perf_counter() - start)
@@ -177,7 +177,7 @@ class Comparison:
         for way, model in self.ways.items():
             rewind(cache, cached)
             for i in range(steps):
-                self.step(f"greedy tokens: {way}, {i + 1} of {steps}")
+                self.step(f"greedy tokens, {way}, {i + 1} of {steps}")
                 logits = decode(model, tokens[i], cache, cached + i)[0, -1].float()
                 best = logits.topk(2)
                 chosen[way].append(int(best.indices[0]))
@@ -235,7 +235,7 @@ def cold_start(way: str, preset: str, layers: int, cached: int) -> dict[str, flo
     first step needed at its peak beyond what was there before compiling.
     """
     with tempfile.TemporaryDirectory() as folder:
-        caches = {k: folder for k in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME")}
+        caches = dict.fromkeys(("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME"), folder)
         code = f"from dsopt.compare import cold_worker; cold_worker({way!r}, {preset!r}, {layers}, {cached})"
         # the empty folder is also the working directory: -c puts it first on the module path
         done = subprocess.run(

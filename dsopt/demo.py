@@ -5,16 +5,15 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from dsopt import machine
 from dsopt.models import presets
+from dsopt.progress import Steps
 
 TARGET_LAYERS = 3  # the targets are stated for V2-Lite at three layers
 TARGET_CACHED = 4096
@@ -63,7 +62,7 @@ def layers_within(preset: str, budget: int, limit: int) -> int:
 
 
 def plans(quick: bool, layers: int | None) -> list[Plan]:
-    """V2-Lite at three layers with every figure, then V2-Lite and V3 as deep as half the free memory allows."""
+    """V2-Lite at three layers with every figure, then V2-Lite and V3 as deep as half the free memory is."""
     budget = (machine.memory()["available"] or 8 << 30) // 2
     decode = ((TARGET_CACHED, 3), (512, 5), (8192, 2))
     chosen = [
@@ -84,35 +83,6 @@ def plans(quick: bool, layers: int | None) -> list[Plan]:
             if depth and (preset, depth) != ("v2-lite", TARGET_LAYERS):
                 chosen.append(Plan(preset, depth, ((TARGET_CACHED, 1), (512, 3))))
     return chosen
-
-
-class Steps:
-    """Says what is being done: a live line on a terminal, one line a step elsewhere."""
-
-    def __init__(self, console: Console):
-        self.console = console
-        self.progress = None
-        self.said = ""
-
-    @contextmanager
-    def running(self) -> Iterator[Steps]:
-        if not self.console.is_terminal:
-            yield self
-            return
-        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-        with Progress(*columns, console=self.console, transient=True) as self.progress:
-            self.task = self.progress.add_task("starting", total=None)
-            yield self
-
-    def __call__(self, text: str) -> None:
-        if self.progress is not None:
-            self.progress.update(self.task, description=text)
-            return
-        # a log wants to know what takes long, not each repetition
-        head = text.split(",")[0] if ":" in text else text
-        if head != self.said:
-            self.console.print(f"  {head}", style="dim", highlight=False)
-        self.said = head
 
 
 def measure(plan: Plan, rows: dict[str, Any], step: Callable[[str], None]) -> Any:
@@ -261,7 +231,7 @@ def target_table(found: list[dict[str, Any]]) -> Table:
     for column in ("", "measured", "target", ""):
         table.add_column(column, justify="right" if column in ("measured", "target") else "left")
     for row in found:
-        form = "{:.0f}" if "MB" in row["unit"] or not row["unit"] and row["target"] > 1 else "{:.4f}"
+        form = "{:.0f}" if "MB" in row["unit"] or (not row["unit"] and row["target"] > 1) else "{:.4f}"
         form = "{:.2f}" if row["unit"] == "x" else form
         measured, target = (form.format(row[key]) + row["unit"] for key in ("value", "target"))
         verdict = "[green]kept[/]" if row["met"] else "[red]missed[/]"
@@ -292,9 +262,8 @@ def show(console: Console, quick: bool = False, layers: int | None = None) -> di
             rows: dict[str, Any] = {}
             result["models"].append(rows)
             try:
-                steps = Steps(console)
-                with steps.running():
-                    report = measure(plan, rows, steps)
+                with Steps(console) as step:
+                    report = measure(plan, rows, step)
             finally:
                 _print_model(console, rows, result)
             if report is not None:

@@ -1,4 +1,4 @@
-"""Geometry of the DeepSeek models, as transformers spells it, and models of that geometry with random weights.
+"""Geometry of the DeepSeek models in the words of transformers, and such models with random weights.
 
 `PRESETS[name]()` gives the keyword arguments of the model's transformers config; `tiny` shrinks every width
 and keeps the structure; `random_model` builds transformers' own class from them in seconds.
@@ -136,6 +136,21 @@ PRESETS: dict[str, Callable[[], dict[str, Any]]] = {
     "v3": v3,
     "r1": v3,
     "v3.2": v32,
+}
+
+
+# a small size for any other decoder of transformers
+TINY: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
 }
 
 
