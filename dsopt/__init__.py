@@ -1,4 +1,10 @@
-"""dsopt: kernel and graph optimization for models with latent attention, experts and FP8 weights."""
+"""dsopt: kernel and graph optimization for models with latent attention, experts and FP8 weights.
+
+    model.compile(backend="dsopt")      no import of dsopt needed
+    fast = dsopt.compile(model)         a shallow copy whose generate runs compiled
+    print(dsopt.report(fast))           what was fused, which kernels run, and why the rest is as it was
+    dsopt.verify(model, inputs)         the error of every rewritten site against eager
+"""
 
 from pathlib import Path
 
@@ -7,3 +13,10 @@ __version__ = "0.1.0"
 # a checkout keeps passes/, kernels/ and models/ beside this folder; a wheel has them inside it
 if not (Path(__file__).parent / "passes").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
+
+from dsopt.backend import Options
+from dsopt.prepare import compile, refresh
+from dsopt.report import report
+from dsopt.verify import VerifyError, verify
+
+__all__ = ["Options", "VerifyError", "__version__", "compile", "refresh", "report", "verify"]

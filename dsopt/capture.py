@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import guard_float, statically_known_true
+from torch.fx.node import map_arg
 from torch.fx.traceback import preserve_node_meta
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -45,18 +46,35 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
             allow_non_fake_inputs=True
         )
 
-    def fake(x: Any) -> Any:
+    def fake(x: Any, placeholder: Node) -> Any:
         if not isinstance(x, torch.Tensor) or (isinstance(x, torch._subclasses.FakeTensor) and x.fake_mode is mode):
             return x
         symbolic = context.tensor_to_context.get(x) if context is not None else None
-        return mode.from_tensor(x, symbolic_context=symbolic)
+        # with dynamic=True a Python float arrives as a tensor whose source says so
+        source = getattr(placeholder, "_dynamo_source", None) if x.ndim == 0 else None
+        return mode.from_tensor(x, symbolic_context=symbolic, source=source)
 
     def interpret(*args):
         return torch.fx.Interpreter(gm).run(*args)
 
-    fakes = [fake(x) for x in example_inputs]
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    fakes = [fake(x, p) for x, p in zip(example_inputs, placeholders, strict=True)]
     with mode, preserve_node_meta():
-        return make_fx(interpret, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
+        trace = make_fx(interpret, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)
+        return _specialize_floats(trace(*fakes))
+
+
+def _specialize_floats(gm: GraphModule) -> GraphModule:
+    """Symbolic floats (an epsilon, a scale) as the numbers they are, under a guard that Dynamo checks."""
+    for node in list(gm.graph.nodes):
+        if isinstance(node.meta.get("val"), torch.SymFloat) and node.op != "placeholder":
+            number = guard_float(node.meta["val"])
+            for user in list(node.users):
+                user.args, user.kwargs = map_arg(
+                    (user.args, user.kwargs), lambda a, node=node, number=number: number if a is node else a
+                )
+            gm.graph.erase_node(node)
+    return gm
 
 
 def from_export(program: torch.export.ExportedProgram) -> GraphModule:

@@ -13,6 +13,7 @@ reads the graph as captured, before any pass, and shares no code with the matche
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 
 import torch
@@ -39,9 +40,11 @@ def census(gm: GraphModule) -> dict[str, int]:
 
 
 def _name(node: Node) -> str:
-    """Name of the operator a node calls, without namespace and overload."""
+    """Name of the operator a node calls, without namespace and overload; "" for arithmetic on sizes."""
     packet = getattr(node.target, "overloadpacket", None)
-    return packet.__name__ if packet is not None else getattr(node.target, "__name__", "")
+    if packet is None:
+        return "getitem" if node.target is operator.getitem else ""
+    return packet.__name__
 
 
 _VIEWS = frozenset(

@@ -20,6 +20,7 @@ PIPELINE = (
     "fuse_gated_mlp",
     "absorb_mla",
     "merge_linears",
+    "canonicalize",
 )
 
 
