@@ -1,4 +1,4 @@
-"""The command `dsopt`: demo, env, compile. Libraries load inside the commands, so that --help is instant."""
+"""The command `dsopt`: demo, env, compile. transformers and the commands' own modules load inside them."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def reason(error: BaseException) -> str:
 class Comparison:
     """Measures one model; each method returns plain data with one entry per way that works."""
 
-    def __init__(self, model: torch.nn.Module, step: Callable[[str], None] = lambda text: None):
+    def __init__(self, model: torch.nn.Module, step: Callable[[str, str], None] = lambda phase, detail: None):
         self.config = model.config
         self.ways = ways(model)
         self.failed: dict[str, str] = {}
@@ -101,7 +101,7 @@ class Comparison:
         """What each way returns from its first call, which compiles; a way that raises is dropped."""
         outputs = {}
         for way in [way for way in self.ways if way in only]:
-            self.step(f"{what}, {way}, first call")
+            self.step(what, f"{way}, first call")
             try:
                 outputs[way] = call(way)
             except Exception as error:  # one compiler's failure is a finding, not the end of the comparison
@@ -115,7 +115,7 @@ class Comparison:
         seconds: dict[str, list[float]] = {way: [] for way in chosen}
         for repetition in range(repetitions):
             for way, taken in seconds.items():
-                self.step(f"{what}, {way}, {repetition + 1} of {repetitions}")
+                self.step(what, f"{way}, {repetition + 1} of {repetitions}")
                 start = time.perf_counter()
                 call(way)
                 taken.append(time.perf_counter() - start)
@@ -134,7 +134,7 @@ class Comparison:
             rewind(cache, cached)
             return decode(self.ways[way], token, cache, cached)
 
-        what = f"decode, {cached} cached of {size}"
+        what = f"decode with {cached} cached in {size} slots, {torch.get_num_threads()} threads"
         logits = self._first_calls(what, lambda way: call(way).double(), only)
         return {
             "cached": cached,
@@ -177,7 +177,7 @@ class Comparison:
         for way, model in self.ways.items():
             rewind(cache, cached)
             for i in range(steps):
-                self.step(f"greedy tokens, {way}, {i + 1} of {steps}")
+                self.step("greedy tokens", f"{way}, {i + 1} of {steps}")
                 logits = decode(model, tokens[i], cache, cached + i)[0, -1].float()
                 best = logits.topk(2)
                 chosen[way].append(int(best.indices[0]))

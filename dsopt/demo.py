@@ -38,9 +38,13 @@ class Plan:
     cold: bool = False
 
     @property
+    def name(self) -> str:
+        return f"{self.preset}, {self.layers} layers"
+
+    @property
     def title(self) -> str:
         full = presets.PRESETS[self.preset]()["num_hidden_layers"]
-        return f"DeepSeek {self.preset.upper()} geometry, {self.layers} of {full} layers, bf16"
+        return f"DeepSeek {self.preset} geometry, {self.layers} of {full} layers, bf16"
 
 
 def layers_within(preset: str, budget: int, limit: int) -> int:
@@ -64,7 +68,7 @@ def layers_within(preset: str, budget: int, limit: int) -> int:
 def plans(quick: bool, layers: int | None) -> list[Plan]:
     """V2-Lite at three layers with every figure, then V2-Lite and V3 as deep as half the free memory is."""
     budget = (machine.memory()["available"] or 8 << 30) // 2
-    decode = ((TARGET_CACHED, 3), (512, 5), (8192, 2))
+    decode = ((TARGET_CACHED, 3), (512, 5), (8192, 1 if quick else 2))
     chosen = [
         Plan(
             "v2-lite",
@@ -85,7 +89,7 @@ def plans(quick: bool, layers: int | None) -> list[Plan]:
     return chosen
 
 
-def measure(plan: Plan, rows: dict[str, Any], step: Callable[[str], None]) -> Any:
+def measure(plan: Plan, rows: dict[str, Any], step: Callable[..., None]) -> Any:
     """Fills `rows` with one plan's figures as they come, so that an interrupt keeps those before it.
 
     Returns dsopt's report on the model, None if dsopt could not run it.
@@ -101,7 +105,7 @@ def measure(plan: Plan, rows: dict[str, Any], step: Callable[[str], None]) -> An
     if plan.cold:
         rows["cold"] = {}
         for way in ("inductor", "dsopt"):
-            step(f"{plan.title}: cold start of {way} in a fresh process with empty caches")
+            step(f"{plan.name}: cold start of {way} in a fresh process with empty caches")
             try:
                 rows["cold"][way] = compare.cold_start(way, plan.preset, plan.layers, TARGET_CACHED)
             except RuntimeError as error:
@@ -110,10 +114,10 @@ def measure(plan: Plan, rows: dict[str, Any], step: Callable[[str], None]) -> An
     size = rows["weight_bytes"]
 
     def filled(done: int) -> None:
-        step(f"{plan.title}: filling {size / 2**30:.1f} GiB of weights, {done / size:.0%}")
+        step(f"{plan.name}: filling weights", f"{done / size:.0%} of {size / 2**30:.1f} GiB")
 
     model = presets.random_model(config, progress=filled)
-    comparison = compare.Comparison(model, lambda text: step(f"{plan.title}: {text}"))
+    comparison = compare.Comparison(model, lambda phase, detail: step(f"{plan.name}: {phase}", detail))
     rows["failed"] = comparison.failed
     for cached, repetitions in plan.decode:
         rows["decode"].append(comparison.decode(cached, repetitions))

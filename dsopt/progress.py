@@ -7,14 +7,11 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 
 class Steps:
-    """Called with a line of text at each step: a live line on a terminal, one line a phase elsewhere.
-
-    A step's text is "phase, detail": a log shows the phases, a terminal the details too.
-    """
+    """Called with a phase and a detail at each step: a live line on a terminal, one line a phase elsewhere."""
 
     def __init__(self, console: Console):
         self.console = console
-        self.phase = ""
+        self.said: set[str] = set()
         columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
         self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self.task = self.progress.add_task("starting", total=None)
@@ -26,11 +23,9 @@ class Steps:
     def __exit__(self, *error: object) -> None:
         self.progress.stop()
 
-    def __call__(self, text: str) -> None:
+    def __call__(self, phase: str, detail: str = "") -> None:
         if self.console.is_terminal:
-            self.progress.update(self.task, description=text)
-            return
-        phase = text.rpartition(", ")[0] or text
-        if phase != self.phase:
+            self.progress.update(self.task, description=f"{phase}, {detail}" if detail else phase)
+        elif phase not in self.said:
             self.console.print(f"  {phase}", style="dim", highlight=False, markup=False)
-        self.phase = phase
+        self.said.add(phase)

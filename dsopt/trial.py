@@ -49,13 +49,13 @@ def resolve(request: Request) -> Any:
         return config
     if request.model not in CONFIG_MAPPING:
         raise ValueError(
-            f"{request.model!r} is no folder with a config.json, no model type of transformers and no preset; "
+            f"{request.model!r} is no folder with a config.json, no model type of transformers, no preset; "
             f"presets: {', '.join(presets.PRESETS)}"
         )
     return AutoConfig.for_model(request.model, **(presets.TINY if request.tiny else {}), **changes)
 
 
-def build(request: Request, step: Callable[[str], None]) -> torch.nn.Module:
+def build(request: Request, step: Callable[..., None]) -> torch.nn.Module:
     """The model of a request. Raises MemoryError before it would not fit."""
     if request.dtype not in DTYPES:
         raise ValueError(f"unknown dtype {request.dtype!r}; known: {', '.join(DTYPES)}")
@@ -76,12 +76,12 @@ def build(request: Request, step: Callable[[str], None]) -> torch.nn.Module:
     return presets.random_model(
         config,
         dtype,
-        progress=lambda done: step(f"filling {size / 2**30:.1f} GiB of weights, {done / size:.0%}"),
+        progress=lambda done: step("filling weights", f"{done / size:.0%} of {size / 2**30:.1f} GiB"),
     )
 
 
 @torch.inference_mode()
-def run(request: Request, step: Callable[[str], None]) -> tuple[dict[str, Any], Any]:
+def run(request: Request, step: Callable[..., None]) -> tuple[dict[str, Any], Any]:
     """Compiles the model, runs a prompt and decode steps; returns the figures and dsopt's report."""
     from transformers import StaticCache
 
