@@ -1,6 +1,9 @@
 """x * rsqrt(mean(x^2) + eps) * weight -> rms_norm(x, weight, eps)
 
-and, where x = a + b is a residual sum, (rms_norm(a + b, weight, eps), a + b) -> add_rms_norm(a, b, weight, eps).
+and, where x = a + b is a residual sum,
+
+    rms_norm(a + b, weight, eps), a + b -> add_rms_norm(a, b, weight, eps)
+
 Casts may stand anywhere between; the op computes in float32 and rounds once, which eager does twice.
 """
 
@@ -47,9 +50,7 @@ def _scaled(x: Pattern) -> Pattern:
 
 
 NORMALIZED = _scaled(Var("x", is_tensor))
-WEIGHTED = mul(
-    Cast(NORMALIZED), Cast(Var("weight", lambda v: is_tensor(v) and val(v).ndim == 1))
-)
+WEIGHTED = mul(Cast(NORMALIZED), Cast(Var("weight", lambda v: is_tensor(v) and val(v).ndim == 1)))
 
 
 def run(gm: GraphModule, log: Log) -> None:
@@ -67,24 +68,31 @@ def run(gm: GraphModule, log: Log) -> None:
             taken.update(found["inner"])
             _fuse(gm, node, found, log)
     for node in gm.graph.nodes:
-        if is_op(node, aten.rsqrt.default) and node not in taken and _is_norm_like(node):
-            log.miss(node, "not x * rsqrt(mean(x^2, -1) + eps): eps, the mean or the product stands elsewhere")
+        if is_op(node, aten.rsqrt.default, aten.sqrt.default) and node not in taken and _is_norm_like(node):
+            log.miss(node, "not x * rsqrt(mean(x^2, -1) + eps): eps, mean or product stand elsewhere")
 
 
 def _find(pattern: Pattern, node: Node) -> Bindings | None:
     if not is_op(node, aten.mul.Tensor):
         return None
-    return best_match(pattern, node, lambda w: val(w["x"]).dtype == val(last_cast(node, val(w["x"]).dtype)).dtype)
+    return best_match(
+        pattern, node, lambda w: val(w["x"]).dtype == val(last_cast(node, val(w["x"]).dtype)).dtype
+    )
 
 
-def _is_norm_like(rsqrt: Node) -> bool:
-    """rsqrt of something made of a mean of squares within three steps."""
-    frontier = {rsqrt}
-    for _ in range(4):
+def _is_norm_like(root: Node) -> bool:
+    """True for a root of something made of a mean of squares, each within a few steps."""
+    means = (n for n in _above(root, 4) if is_op(n, aten.mean.dim))
+    return any(is_op(n, aten.pow.Tensor_Scalar) and n.args[1] == 2 for mean in means for n in _above(mean, 3))
+
+
+def _above(node: Node, steps: int) -> set[Node]:
+    """The nodes that `node` is computed from in up to so many steps."""
+    found, frontier = set(), {node}
+    for _ in range(steps):
         frontier = {a for n in frontier for a in n.all_input_nodes}
-        if any(is_op(n, aten.mean.dim) and is_op(_uncast(n.args[0]), aten.pow.Tensor_Scalar) for n in frontier):
-            return True
-    return False
+        found |= frontier
+    return found
 
 
 def _uncast(node: Node) -> Node:
@@ -109,7 +117,8 @@ def _fuse(gm: GraphModule, node: Node, found: Bindings, log: Log) -> None:
     dims = found["dims"]
     casts_of_x = [n for n in found["inner"] if is_op(n, aten.to.dtype) and n.args[0] is x]
     if reader := other_reader(root, [*found["inner"], node], casts_of_x):
-        log.miss(node, f"an intermediate value is read by another node, {next(iter(_outside(reader, found, root)))}")
+        outside = next(_outside(reader, found, root))
+        log.miss(node, f"an intermediate value is read by another node, {outside}")
     elif len(dims) != 1 or not is_inner_dim(dims[0], val(x).ndim):
         log.miss(node, f"the mean runs over dims {list(dims)}, not over the last")
     elif val(root).dtype != val(x).dtype:
