@@ -20,7 +20,7 @@ VARIANTS = {"portable": ()}
 if platform.machine().lower() in ("x86_64", "amd64"):
     VARIANTS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": (*AVX512, "-mavx512bf16")}
 
-FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fvisibility=hidden", "-g0", "-Wall")
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-g0", "-Wall")
 # torch has loaded its own OpenMP before; only the library name must be the same, which it is on Linux
 OPENMP = ("-fopenmp",) if sys.platform == "linux" else ()
 

@@ -21,6 +21,7 @@ constexpr int64_t kChunk = 64;
 constexpr int64_t kSplit = 512;
 constexpr int64_t kGroup = 32;
 constexpr int64_t kPad = 16;
+constexpr int64_t kWeightRows = 8;
 
 // what a query's mask says of all its keys
 enum : uint8_t {
@@ -111,7 +112,7 @@ struct Attention {
   template <int ROWS>
   void make_query_tile(int64_t head, int64_t first, float* nope) const {
     const int64_t nope_pad = round_up(a.nope, kPad);
-    const float keep[4] = {};
+    const float zero[4] = {}, one[4] = {1.0f, 1.0f, 1.0f, 1.0f};
     float* out[4];
     for (int i = 0; i < ROWS; ++i) {
       const int64_t b = (first + i) / a.tokens, s = (first + i) % a.tokens;
@@ -125,8 +126,12 @@ struct Attention {
       for (int64_t d = 0; d < a.rope; ++d) out[i][l.rank_pad + d] = to_float(r[d]) * a.scale;
     }
     const T* w = static_cast<const T*>(a.w_uk.data) + head * a.w_uk.stride0;
-    constexpr int vecs = ROWS == 1 ? 4 * kSumVecs : (ROWS == 2 ? 4 : kSumVecs);
-    sum_rows<ROWS, vecs>(nope, nope_pad, a.nope, w, a.w_uk.stride1, a.rank, keep, out);
+    // a few rows of w at a time: reads memory in order, while the results stay in the first-level cache
+    for (int64_t d = 0; d < a.nope; d += kWeightRows) {
+      const T* rows = w + d * a.w_uk.stride1;
+      sum_rows<ROWS, kSumVecs, true>(nope + d, nope_pad, min(kWeightRows, a.nope - d), rows, a.w_uk.stride1, a.rank,
+                                     d == 0 ? zero : one, out, kWeightRows * a.w_uk.stride1);
+    }
   }
 
   // the largest mask value of n > 0 keys
@@ -209,14 +214,12 @@ struct Attention {
     return static_cast<const T*>(a.k_rope.data) + b * a.k_rope.stride0 + t * a.k_rope.stride1;
   }
 
-  // keys first .. first + n as float32 rows, then zero rows up to a multiple of kDotKeys
+  // keys first .. first + kDotKeys of n as float32 rows, zero rows from n on
   void widen(int64_t b, int64_t first, int64_t n, float* block) const {
-    for (int64_t t = 0; t < n; ++t) {
-      widen_row(latent(b, first + t), a.rank, block + t * l.stride, l.rank_pad);
-      widen_row(k_rope(b, first + t), a.rope, block + t * l.stride + l.rank_pad, l.rope_pad);
-    }
-    for (int64_t t = n; t < round_up(n, kDotKeys); ++t) {
-      for (int64_t i = 0; i < l.depth; i += kLanes) store(block + t * l.stride + i, Vec{});
+    for (int64_t t = 0; t < kDotKeys; ++t, block += l.stride) {
+      const bool real = first + t < n;
+      widen_row(latent(b, first + t), real ? a.rank : 0, block, l.rank_pad);
+      widen_row(k_rope(b, first + t), real ? a.rope : 0, block + l.rank_pad, l.rope_pad);
     }
   }
 
@@ -277,10 +280,10 @@ struct Attention {
     const int64_t first = chunk * kChunk, n = min(kChunk, a.cached - first);
     const float* q = query(b, group * kGroup);
 
-    widen(b, first, n, block);
     for (int64_t t = 0; t < n; t += kDotKeys) {
       if (next >= 0) prefetch(b, next * kChunk + t, kDotKeys);
-      const float* k = block + t * l.stride;
+      float* k = block + t * l.stride;
+      widen(b, first + t, a.cached, k);
       const float* keys[4] = {k, k + l.stride, k + 2 * l.stride, k + 3 * l.stride};
       for (int64_t r = 0; r < padded; r += kDotRows) {
         dot_tile<kDotRows>(q + r * l.stride, l.stride, keys, l.depth, scores + r * kChunk + t, kChunk);
@@ -341,7 +344,7 @@ struct Attention {
     const float add = exp_nonpositive(splat(q.maximum[from] - m))[0];
     p.maximum[to] = m;
     p.total[to] = p.total[to] * keep + q.total[from] * add;
-    for (int64_t i = 0; i < l.rank_pad; i += kLanes) store(o + i, load(o + i) * keep + load(x + i) * add);
+    for (int64_t i = 0; i < l.rank_pad; i += kLanes) store(o + i, madd(load(x + i), splat(add), load(o + i) * keep));
   }
 
   void attend_all(int64_t b, int64_t group, float* memory) const {
@@ -383,7 +386,7 @@ struct Attention {
     for (int64_t v = 0; v < a.value; v += kDotKeys) {
       const T* rows[4];
       for (int j = 0; j < 4; ++j) rows[j] = w + min(v + j, a.value - 1) * a.w_uv.stride1;
-      dot_tile<ROWS>(sums, l.rank_pad, rows, a.rank, results + v, value_pad);
+      dot_tile<ROWS, true>(sums, l.rank_pad, rows, a.rank, results + v, value_pad, 2 * kDotKeys * a.w_uv.stride1);
     }
     for (int i = 0; i < ROWS; ++i) {
       T* out = static_cast<T*>(a.out) + ((first + i) * a.heads + head) * a.value;

@@ -22,13 +22,13 @@ float square_sum(const T* x, int64_t n) {
     DSOPT_UNROLL
     for (int j = 0; j < 4; ++j) {
       const Vec v = load(x + i + j * kLanes);
-      acc[j] += v * v;
+      acc[j] = madd(v, v, acc[j]);
     }
   }
-  for (; i + kLanes <= n; i += kLanes) acc[0] += load(x + i) * load(x + i);
+  for (; i + kLanes <= n; i += kLanes) acc[0] = madd(load(x + i), load(x + i), acc[0]);
   if (i < n) {
     const Vec v = load_some(x + i, n - i);
-    acc[1] += v * v;
+    acc[1] = madd(v, v, acc[1]);
   }
   return sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
 }

@@ -3,6 +3,12 @@
 
 #include <cstdint>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 #ifndef DSOPT_VARIANT
 #error "compile kernel sources with -DDSOPT_VARIANT=<instruction set>"
 #endif
@@ -32,12 +38,36 @@ struct Bf16 {
 
 constexpr float kInfinity = __builtin_inff();
 
-DSOPT_INLINE Vec splat(float x) { return Vec{} + x; }
+// not Vec{} + x, which would be computed: it turns -0 into 0
+DSOPT_INLINE Vec splat(float x) {
+#if defined(__AVX512F__)
+  return Vec{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
+#elif defined(__AVX2__)
+  return Vec{x, x, x, x, x, x, x, x};
+#else
+  return Vec{x, x, x, x};
+#endif
+}
+
 DSOPT_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 DSOPT_INLINE float max(float a, float b) { return a > b ? a : b; }
 DSOPT_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 DSOPT_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 DSOPT_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// a * b + c. Compiled with -ffp-contract=off and this in every place where it counts: left to itself the
+// compiler picks which of two products is fused, and may pick differently in two copies of one function.
+DSOPT_INLINE Vec madd(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+  return vfmaq_f32(c, a, b);
+#else
+  return a * b + c;
+#endif
+}
 
 // loads and stores: any address, one dtype in memory, float32 in registers
 DSOPT_INLINE Vec load(const float* p) {
@@ -47,9 +77,17 @@ DSOPT_INLINE Vec load(const float* p) {
 }
 
 DSOPT_INLINE Vec load(const Bf16* p) {
+  // spelled out because GCC widens a converted vector in halves
+#if defined(__AVX512F__)
+  const VecU wide = (VecU)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  const VecU wide = (VecU)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
   VecH h;
   __builtin_memcpy(&h, p, sizeof h);
-  return (Vec)(__builtin_convertvector(h, VecU) << 16);
+  const VecU wide = __builtin_convertvector(h, VecU);
+#endif
+  return (Vec)(wide << 16);
 }
 
 DSOPT_INLINE void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
@@ -121,17 +159,17 @@ DSOPT_INLINE Vec exp_nonpositive(Vec x) {
   const Vec low = splat(-87.0f);
   const Vec y = x < low ? low : x;
   // adding 1.5 * 2^23 rounds to an integer n and leaves it in the low bits: e^y = 2^n e^r, |r| <= ln(2) / 2
-  const Vec shifted = y * 1.44269504f + 12582912.0f;
+  const Vec shifted = madd(y, splat(1.44269504f), splat(12582912.0f));
   const Vec n = shifted - 12582912.0f;
-  const Vec r = (y - n * 0.693359375f) - n * -2.12194440e-4f;
+  const Vec r = madd(n, splat(2.12194440e-4f), madd(n, splat(-0.693359375f), y));
   Vec p = splat(1.0f / 5040);
-  p = p * r + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
+  p = madd(p, r, splat(1.0f / 720));
+  p = madd(p, r, splat(1.0f / 120));
+  p = madd(p, r, splat(1.0f / 24));
+  p = madd(p, r, splat(1.0f / 6));
+  p = madd(p, r, splat(0.5f));
+  p = madd(p, r, splat(1.0f));
+  p = madd(p, r, splat(1.0f));
   const Vec power = (Vec)(((VecI)shifted << 23) + 0x3f800000);
   return x < low ? Vec{} : p * power;
 }

@@ -31,9 +31,10 @@ DSOPT_INLINE void store_rows(Vec v, float* out, int64_t out_stride) {
 
 // out[i][j] = sum_k a[i][k] * b[j][k] for i < ROWS (1 or kDotRows), j < 4
 // a: float32 rows, zero from k up to a multiple of kLanes; b[j]: rows of T, k long
-template <int ROWS, class T>
+// AHEAD: fetch what lies `ahead` elements further on in b
+template <int ROWS, bool AHEAD = false, class T>
 DSOPT_INLINE void dot_tile(const float* a, int64_t a_stride, const T* const* b, int64_t k, float* out,
-                           int64_t out_stride) {
+                           int64_t out_stride, int64_t ahead = 0) {
   Vec acc[ROWS][kDotKeys];
   DSOPT_UNROLL
   for (int i = 0; i < ROWS; ++i) {
@@ -44,14 +45,18 @@ DSOPT_INLINE void dot_tile(const float* a, int64_t a_stride, const T* const* b, 
   const T* const b1 = b[1];
   const T* const b2 = b[2];
   const T* const b3 = b[3];
+  const auto fetch = [&](const T* p) __attribute__((always_inline)) {
+    if constexpr (AHEAD) __builtin_prefetch(p + ahead);
+  };
   const auto step = [&](int64_t at, Vec v0, Vec v1, Vec v2, Vec v3) __attribute__((always_inline)) {
+    fetch(b0 + at), fetch(b1 + at), fetch(b2 + at), fetch(b3 + at);
     DSOPT_UNROLL
     for (int i = 0; i < ROWS; ++i) {
       const Vec x = load(a + i * a_stride + at);
-      acc[i][0] += x * v0;
-      acc[i][1] += x * v1;
-      acc[i][2] += x * v2;
-      acc[i][3] += x * v3;
+      acc[i][0] = madd(x, v0, acc[i][0]);
+      acc[i][1] = madd(x, v1, acc[i][1]);
+      acc[i][2] = madd(x, v2, acc[i][2]);
+      acc[i][3] = madd(x, v3, acc[i][3]);
     }
   };
   int64_t at = 0;
@@ -74,9 +79,10 @@ DSOPT_INLINE void dot_tile(const float* a, int64_t a_stride, const T* const* b, 
 }
 
 // out[i][:] = out[i][:] * keep[i] + sum_k a[i][k] * b[k][:] over VECS vectors of columns, i < ROWS
-template <int ROWS, int VECS, class T>
+// AHEAD: fetch what lies `ahead` elements further on in b
+template <int ROWS, int VECS, bool AHEAD = false, class T>
 DSOPT_INLINE void sum_tile(const float* a, int64_t a_stride, int64_t k, const T* b, int64_t b_stride,
-                           const float* keep, float* const* out) {
+                           const float* keep, float* const* out, int64_t ahead = 0) {
   Vec acc[ROWS][VECS];
   DSOPT_UNROLL
   for (int i = 0; i < ROWS; ++i) {
@@ -86,12 +92,15 @@ DSOPT_INLINE void sum_tile(const float* a, int64_t a_stride, int64_t k, const T*
   for (int64_t at = 0; at < k; ++at) {
     Vec v[VECS];
     DSOPT_UNROLL
-    for (int j = 0; j < VECS; ++j) v[j] = load(b + at * b_stride + j * kLanes);
+    for (int j = 0; j < VECS; ++j) {
+      v[j] = load(b + at * b_stride + j * kLanes);
+      if constexpr (AHEAD) __builtin_prefetch(b + at * b_stride + j * kLanes + ahead);
+    }
     DSOPT_UNROLL
     for (int i = 0; i < ROWS; ++i) {
       const Vec x = splat(a[i * a_stride + at]);
       DSOPT_UNROLL
-      for (int j = 0; j < VECS; ++j) acc[i][j] += x * v[j];
+      for (int j = 0; j < VECS; ++j) acc[i][j] = madd(x, v[j], acc[i][j]);
     }
   }
   DSOPT_UNROLL
@@ -102,9 +111,9 @@ DSOPT_INLINE void sum_tile(const float* a, int64_t a_stride, int64_t k, const T*
 }
 
 // sum_tile over `columns` columns, any number of them
-template <int ROWS, int VECS, class T>
+template <int ROWS, int VECS, bool AHEAD = false, class T>
 DSOPT_INLINE void sum_rows(const float* a, int64_t a_stride, int64_t k, const T* b, int64_t b_stride,
-                           int64_t columns, const float* keep, float* const* out) {
+                           int64_t columns, const float* keep, float* const* out, int64_t ahead = 0) {
   int64_t c = 0;
   float* at[ROWS];
   const auto advance = [&]() __attribute__((always_inline)) {
@@ -113,7 +122,7 @@ DSOPT_INLINE void sum_rows(const float* a, int64_t a_stride, int64_t k, const T*
   };
   for (; c + VECS * kLanes <= columns; c += VECS * kLanes) {
     advance();
-    sum_tile<ROWS, VECS>(a, a_stride, k, b + c, b_stride, keep, at);
+    sum_tile<ROWS, VECS, AHEAD>(a, a_stride, k, b + c, b_stride, keep, at, ahead);
   }
   for (; c + kLanes <= columns; c += kLanes) {
     advance();

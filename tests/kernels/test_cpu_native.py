@@ -1,0 +1,256 @@
+"""The native CPU kernels: every instruction set of this machine, threads, masks, machine code."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dsopt import _cpu
+from dsopt.kernels.cpu import add_rms_norm as add_rms_norm_kernel
+from dsopt.kernels.cpu import mla_attention as mla_kernel
+from dsopt.kernels.cpu import rms_norm as rms_norm_kernel
+from dsopt.op import explain, select
+from dsopt.ops.attention import mla_attention
+from dsopt.ops.norm import add_rms_norm, rms_norm
+from dsopt.testing import rand, relative_l2
+
+CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.bfloat16)
+RUN = {
+    rms_norm: rms_norm_kernel.KERNELS[0],
+    add_rms_norm: add_rms_norm_kernel.KERNELS[0],
+    mla_attention: mla_kernel.KERNELS[0],
+}
+# any machine that could compile the extension has objdump; one that got a wheel may not
+DISASSEMBLED = ("avx2", "avx512") if shutil.which("objdump") and "avx2" in _cpu.isas() else ()
+
+
+@pytest.fixture(params=_cpu.isas())
+def isa(request):
+    _cpu.set_isa(request.param)
+    yield request.param
+    _cpu.set_isa()
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Results start as NaN, so that an element nobody wrote is seen."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan")))
+
+
+def wide(x):
+    return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
+def assert_right(op, fn, args, tolerance=None):
+    args = op.bind(args)
+    got, want = fn(*args), op.reference(*map(wide, args))
+    pairs = zip(got, want) if isinstance(got, tuple) else [(got, want)]
+    for mine, truth in pairs:
+        assert mine.shape == truth.shape and mine.dtype == args[0].dtype and mine.is_contiguous()
+        assert relative_l2(mine, truth) <= (tolerance or op.tolerance[mine.dtype])
+
+
+def attention_case(dtype, batch=1, heads=4, new=1, cached=40, nope=16, rope=8, rank=32, value=24, seed=0):
+    r = rand(CPU, dtype, seed)
+    q = r(batch, heads, new, nope + rope)
+    kv_b = r(heads, nope + value, rank) * rank**-0.5
+    keys = r(batch, cached, rank), r(batch, cached, rope)
+    return (q[..., :nope], q[..., nope:], *keys, kv_b[:, :nope], kv_b[:, nope:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", RUN, ids=lambda op: op.name)
+def test_samples(op, dtype, isa, poisoned):
+    for args in op.samples(CPU, dtype):
+        kernel = RUN[op]
+        assert kernel.refuses(op.bind(args)) is None
+        assert_right(op, kernel.plan(*op.bind(args)), args)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_sizes(dtype, isa, poisoned):
+    """Heads, tokens, keys and widths around the kernel's own block sizes."""
+    sizes = [
+        {"heads": 1, "cached": 1, "nope": 1, "rope": 2, "rank": 1, "value": 1},
+        {"heads": 3, "new": 2, "cached": 63, "nope": 9, "rope": 6, "rank": 19, "value": 5},
+        {"heads": 5, "new": 16, "cached": 65, "rank": 17},
+        {"heads": 33, "new": 1, "cached": 513, "rank": 16, "rope": 16},
+        {"batch": 3, "heads": 16, "new": 5, "cached": 1030, "rank": 48, "rope": 4},
+        {"batch": 9, "heads": 6, "new": 1, "cached": 130, "rank": 33},
+        {"heads": 16, "new": 3, "cached": 70, "nope": 128, "rope": 64, "rank": 512, "value": 128},
+    ]
+    for i, size in enumerate(sizes):
+        args = attention_case(dtype, **size, seed=i)
+        assert_right(mla_attention, mla_kernel.absorbed, (*args, None, 0.2))
+        assert_right(mla_attention, mla_kernel.absorbed, (*args, None, 0.2, True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norm_sizes(dtype, isa, poisoned):
+    r = rand(CPU, dtype)
+    for hidden in (1, 3, 15, 16, 17, 63, 64, 65, 255, 1029):
+        x, residual, weight = r(3, hidden), r(3, hidden), r(hidden)
+        assert_right(rms_norm, rms_norm_kernel.KERNELS[0].plan(x, weight, 1e-6), (x, weight, 1e-6))
+        kernel = add_rms_norm_kernel.KERNELS[0].plan(x, residual, weight, 1e-6)
+        assert_right(add_rms_norm, kernel, (x, residual, weight, 1e-6))
+
+
+def test_unaligned_data(isa):
+    """Storage that starts anywhere, as a slice of a checkpoint's bytes does."""
+    storage = torch.empty(5 * 64 + 1)
+    x = storage[1:].view(5, 64).copy_(rand(CPU, torch.float32)(5, 64))
+    assert x.data_ptr() % 16 == 4
+    assert_right(rms_norm, rms_norm_kernel.KERNELS[0].plan(x, None, 1e-6), (x, None, 1e-6))
+
+
+@pytest.mark.parametrize("mask_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_additive_mask(mask_dtype, isa):
+    """The lowest finite value hides a key, unless a query has nothing else; -inf always hides."""
+    args = attention_case(torch.float32, batch=2, new=4, cached=700)
+    low = torch.finfo(mask_dtype).min
+    mask = rand(CPU, torch.float32)(2, 1, 4, 700).to(mask_dtype)
+    mask[0, 0, 0, 100:] = low
+    mask[0, 0, 1, :650] = float("-inf")
+    mask[0, 0, 2] = low
+    mask[0, 0, 3] = float("-inf")
+    mask[1, 0, :, :600] = low
+    mask[1, 0, 2, 600:] = float("-inf")
+    # float32 holds a score beside float16's lowest value to 8 bits behind the point
+    tolerance = 1e-2 if mask_dtype == torch.float16 else None
+    assert_right(mla_attention, mla_kernel.absorbed, (*args, mask, 0.2), tolerance)
+    assert mla_kernel.absorbed(*args, mask, 0.2)[0, 3].eq(0).all()
+
+
+def test_broadcast_masks(isa):
+    args = attention_case(torch.float32, batch=2, new=3, cached=150)
+    every_key = torch.tensor([True, False, True]).view(1, 1, 3, 1)
+    one_query = torch.rand(150, generator=torch.Generator().manual_seed(0)) > 0.5
+    for mask in (
+        every_key,
+        one_query,
+        one_query[None, None, None],
+        one_query.expand(2, 1, 3, 150),
+        ~every_key[:, 0],
+    ):
+        assert_right(mla_attention, mla_kernel.absorbed, (*args, mask, 0.2))
+        assert_right(mla_attention, mla_kernel.absorbed, (*args, mask, 0.2, True))
+
+
+def test_hidden_keys_are_not_read(isa):
+    """Chunks without a visible key may hold anything: what a static cache was allocated with, even NaN."""
+    args = attention_case(torch.float32, cached=2000)
+    valid = torch.arange(2000) < 128
+    want = mla_kernel.absorbed(*args, valid, 0.2)
+    args[2][:, 128:] = float("nan")
+    assert torch.equal(mla_kernel.absorbed(*args, valid, 0.2), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_for_any_threads_batch_and_buffer(dtype, isa, threads):
+    """A row's answer depends on nothing but the row."""
+    for heads, new, cached in ((16, 1, 1500), (5, 3, 700), (40, 2, 1100)):
+        args = attention_case(dtype, batch=7, heads=heads, new=new, cached=cached, rank=64)
+        threads(1)
+        one = mla_kernel.absorbed(*args, None, 0.2)
+        alone = [
+            mla_kernel.absorbed(*[x[i : i + 1] for x in args[:4]], *args[4:], None, 0.2) for i in range(7)
+        ]
+        threads(2)
+        assert torch.equal(one, mla_kernel.absorbed(*args, None, 0.2))
+        assert torch.equal(one[2:3], mla_kernel.absorbed(*[x[2:3] for x in args[:4]], *args[4:], None, 0.2))
+        assert torch.equal(one, torch.cat(alone))
+        # the same keys at the start of a longer buffer
+        longer = [torch.cat((x, x), 1) for x in args[2:4]]
+        valid = torch.arange(2 * cached) < cached
+        assert torch.equal(one, mla_kernel.absorbed(*args[:2], *longer, *args[4:], valid, 0.2))
+    x = rand(CPU, dtype)(40, 4097)
+    norm = rms_norm_kernel.KERNELS[0].plan(x, None, 1e-6)
+    assert torch.equal(norm(x, None, 1e-6), torch.cat([norm(row[None], None, 1e-6) for row in x]))
+
+
+def test_many_tokens_are_expanded(monkeypatch):
+    from dsopt.kernels.torch import mla_attention as torch_kernel
+
+    calls = []
+    expanded = torch_kernel.expanded
+    monkeypatch.setattr(torch_kernel, "expanded", lambda *args: calls.append(1) or expanded(*args))
+    sizes = {"heads": 2, "nope": 32, "rope": 8, "rank": 64, "value": 32}
+    for new, expected in ((1, 0), (16, 0), (600, 1)):
+        args = (*attention_case(torch.float32, new=new, cached=600, **sizes), None, 0.2, True)
+        assert_right(mla_attention, mla_kernel.KERNELS[0].plan(*args), args)
+        assert len(calls) == expected
+
+
+def test_refusals():
+    args = attention_case(torch.float32)
+    weight = torch.ones(4)
+    assert "one dtype" in mla_kernel.KERNELS[0].refuses((*args[:5], args[5].bfloat16(), None, 1.0))
+    assert "one mask for all heads" in mla_kernel.KERNELS[0].refuses((*args, torch.zeros(1, 4, 1, 40), 1.0))
+    assert "bool or float" in mla_kernel.KERNELS[0].refuses((*args, torch.zeros(40, dtype=torch.int64), 1.0))
+    assert "needs dtype" in rms_norm_kernel.KERNELS[0].refuses((weight.half(), weight.half(), 1e-6))
+    assert "x's dtype" in rms_norm_kernel.KERNELS[0].refuses((weight.bfloat16(), weight, 1e-6))
+    assert select(rms_norm, (weight, weight, 1e-6)).kernel is rms_norm_kernel.KERNELS[0]
+    assert ("cpu.rms_norm", "accepts") in explain(rms_norm, weight, weight, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["avx1024", "AVX2", "neon"])
+def test_bad_isa_names_the_accepted_ones(name, monkeypatch):
+    monkeypatch.setenv("DSOPT_ISA", name)
+    with pytest.raises(ValueError, match=rf"DSOPT_ISA={name} .*{', '.join(_cpu.isas())}"):
+        _cpu.set_isa()
+    with pytest.raises(ValueError, match=name):
+        rms_norm_kernel.KERNELS[0].plan(torch.ones(2), None, 1e-6)
+    monkeypatch.delenv("DSOPT_ISA")
+    _cpu.set_isa()
+    assert _cpu.isa() == _cpu.isas()[-1]
+
+
+@pytest.mark.parametrize("name", _cpu.isas())
+def test_isa_from_the_environment(name, monkeypatch):
+    monkeypatch.setenv("DSOPT_ISA", name)
+    _cpu.set_isa()
+    assert _cpu.isa() == name
+    monkeypatch.delenv("DSOPT_ISA")
+    _cpu.set_isa()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_one_openmp_runtime():
+    """Two pools of threads would fight for the cores."""
+    with open("/proc/self/maps") as maps:
+        runtimes = {line.split()[-1] for line in maps if re.search(r"lib[gi]?omp", line)}
+    assert len({os.path.realpath(path) for path in runtimes}) == 1, runtimes
+
+
+def functions():
+    """Disassembly of the extension, by symbol."""
+    command = ["objdump", "-d", "--no-show-raw-insn", _cpu.__file__]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return dict(re.findall(r"^[0-9a-f]+ <(\S+)>:\n((?:.+\n?)*)", text, re.M))
+
+
+@pytest.mark.skipif(not DISASSEMBLED, reason="objdump or x86-64")
+def test_instructions():
+    """Each variant uses its own registers, and code outside the variants only what every processor has."""
+    registers = {"avx2": (r"%ymm", r"%zmm"), "avx512": (r"%zmm", None), "avx512_bf16": (r"%zmm", None)}
+    code = dict.fromkeys((*registers, "other"), "")
+    for symbol, body in functions().items():
+        variant = re.search(r"5dsopt\d+(avx2|avx512_bf16|avx512)(?=\d|[A-Z])", symbol)
+        code[variant.group(1) if variant else "other"] += body
+    for name, (has, lacks) in registers.items():
+        assert re.search(has, code[name]) and re.search(r"vfmadd\w+ps", code[name]), name
+        assert lacks is None or not re.search(lacks, code[name]), name
+    assert not re.search(r"%[yz]mm|vfmadd", code["other"])
