@@ -1,8 +1,8 @@
 """Rotations of pairs by a table of cosines and sines -> rope(x, cos, sin, interleaved_in, interleaved_out)
 
-    half-split    x * cos + cat(-x[h:], x[:h]) * sin
-    pairwise      cat or stack of (a * cos - b * sin, b * cos + a * sin), a and b the halves or even/odd of x
-    complex       view_as_real(view_as_complex(x) * table)
+half-split    x * cos + cat(-x[h:], x[:h]) * sin
+pairwise      cat or stack of (a * cos - b * sin, b * cos + a * sin), a and b the halves or even/odd of x
+complex       view_as_real(view_as_complex(x) * table)
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from dsopt.rewrite import (
     Emitter,
     Items,
     Log,
-    Pattern,
     Var,
     add,
     argument,
@@ -65,15 +64,18 @@ def run(gm: GraphModule, log: Log) -> None:
             (PAIRWISE_INTERLEAVED, _pairwise),
             (COMPLEX, _complex),
         ):
-            found = best_match(pattern, node, lambda w, node=node: _keeps_dtype(node, w))
+            found = best_match(pattern, node, lambda w, node=node: _fits(node, w))
             if found is not None:
                 rewrite(gm, node, found, log)
                 break
 
 
-def _keeps_dtype(node: Node, found: Bindings) -> bool:
+def _fits(node: Node, found: Bindings) -> bool:
+    """False for a way to match that took a table for the input, or the input's cast for the input."""
     x = found.get("x")
-    return x is None or val(x).dtype == val(last_cast(node, val(x).dtype)).dtype
+    if "a" in found and (pair := _pair_layout(found["a"], found["b"])) is not None:
+        return x is None or pair == (x, False)
+    return x is not None and val(x).dtype == val(last_cast(node, val(x).dtype)).dtype
 
 
 def _slice_of(node: Node) -> tuple[Node, tuple] | None:
@@ -82,6 +84,8 @@ def _slice_of(node: Node) -> tuple[Node, tuple] | None:
         return None
     start, stop, step = (argument(node, a) for a in ("start", "end", "step"))
     width = shape(node.args[0])[-1]
+    if any(isinstance(bound, Node) for bound in (start, stop, step)) or not isinstance(width, int):
+        return None
     return node.args[0], (start or 0, width if stop is None or stop >= width else stop, step)
 
 
@@ -125,9 +129,19 @@ def _complex(gm: GraphModule, node: Node, found: Bindings, log: Log) -> None:
 
 
 def _emit(
-    gm: GraphModule, node: Node, found: Bindings, x: Node, cos: Node, sin: Node, layout: tuple[bool, bool], log: Log
+    gm: GraphModule,
+    node: Node,
+    found: Bindings,
+    x: Node,
+    cos: Node,
+    sin: Node,
+    layout: tuple[bool, bool],
+    log: Log,
 ) -> None:
-    root = last_cast(node, val(x).dtype)
+    if is_op(x, aten.to.dtype) and (narrow := val(x.args[0]).dtype).itemsize < val(x).dtype.itemsize:
+        # widened before and narrowed after, as the op does itself
+        x = x.args[0] if last_cast(node, narrow) is not node else x
+    root, width = last_cast(node, val(x).dtype), shape(cos)[-1]
     sources = [n for n in found["inner"] if is_op(n, aten.to.dtype) and n.args[0] is x]
     if other_reader(root, [*found["inner"], node], sources):
         log.miss(node, "part of the rotation is read by another node")
@@ -135,7 +149,7 @@ def _emit(
         log.miss(node, f"the result is {val(root).dtype} but the input is {val(x).dtype}")
     elif not same_shape(shape(root), shape(x)):
         log.miss(node, "the table broadcasts the input to another shape")
-    elif shape(cos)[-1] not in (shape(x)[-1], shape(x)[-1] // 2) or not same_shape(shape(cos)[-1:], shape(sin)[-1:]):
+    elif not same_shape(shape(cos)[-1:], shape(sin)[-1:]) or width not in (shape(x)[-1], shape(x)[-1] // 2):
         log.miss(node, "the tables are neither as wide as the input nor half of it")
     else:
         log.hit("rope")
