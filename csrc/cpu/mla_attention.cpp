@@ -398,30 +398,30 @@ struct Attention {
   }
 
   void run() const {
-    const int64_t masks = a.batch * a.tokens;
-    const int64_t items = a.batch * l.groups * l.slots;
+    Phase queries_and_masks{a.heads + a.batch * a.tokens};
+    Phase splits{a.batch * l.groups * l.slots};
+    Phase answers{a.heads};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
       float* memory = private_memory + thread_index() * private_size;
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < a.heads + masks; ++i) {
+      queries_and_masks.run([&](int64_t i) {
         if (i < a.heads) {
           make_queries(i, memory);
         } else {
           scan((i - a.heads) / a.tokens, (i - a.heads) % a.tokens);
         }
-      }
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < items; ++i) {
+      });
+      queries_and_masks.wait();
+      splits.run([&](int64_t i) {
         const int64_t b = i / (l.groups * l.slots), group = i / l.slots % l.groups, slot = i % l.slots;
         if (l.slots == 1) {
           attend_all(b, group, memory);
         } else {
           attend_split(b, group, slot, partial(b, group, slot), memory);
         }
-      }
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t h = 0; h < a.heads; ++h) answer(h, memory);
+      });
+      splits.wait();
+      answers.run([&](int64_t head) { answer(head, memory); });
     }
   }
 };
