@@ -1,0 +1,106 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dsopt.testing import exported, relative_l2, rewritten
+
+PASSES = ("canonicalize", "merge_linears", "canonicalize")
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
+
+
+class Siblings(nn.Module):
+    def __init__(self, widths, biases, dtype=torch.float32):
+        super().__init__()
+        pairs = zip(widths, biases, strict=True)
+        self.layers = nn.ModuleList([nn.Linear(16, n, bias=b, dtype=dtype) for n, b in pairs])
+
+    def forward(self, x):
+        return [layer(x) for layer in self.layers]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("widths", "biases"),
+    [
+        ((8, 8), (False, False)),
+        ((8, 1, 24), (True, True, True)),
+        ((3, 5, 7, 9, 11), (True, False) * 2 + (True,)),
+    ],
+    ids=["two", "three", "five"],
+)
+def test_siblings(widths, biases, dtype):
+    model, x = Siblings(widths, biases, dtype), torch.randn(2, 3, 16, dtype=dtype)
+    for result in (rewritten(model, x, passes=PASSES), exported(model, x, passes=PASSES)):
+        assert result.ops() == ["dsopt.multi_linear"]
+        assert result.log("merge_linears").rewrites == 1
+        for got, want in zip(result.run(x), model(x), strict=True):
+            assert relative_l2(got, want) < TOLERANCE[dtype]
+
+
+def test_only_layers_that_share_an_input():
+    model, x = Siblings((8, 8, 8, 8), (False,) * 4), torch.randn(2, 16)
+
+    def two_groups(x):
+        y = x + 1
+        return [layer(z) for layer, z in zip(model.layers, (x, y, x, y), strict=True)]
+
+    result = rewritten(two_groups, x, passes=PASSES)
+    assert result.log("merge_linears").rewrites == 2
+    assert result.ops().count("dsopt.multi_linear") == 2
+    assert all(relative_l2(a, b) < 1e-6 for a, b in zip(result.run(x), two_groups(x), strict=True))
+
+
+def test_one_layer_stays():
+    model, x = Siblings((8,), (True,)), torch.randn(2, 16)
+    assert rewritten(model, x, passes=PASSES).ops() == ["aten.linear"]
+
+
+def test_weight_made_later_is_left_out():
+    model, x, scale = Siblings((8, 8, 8), (False,) * 3), torch.randn(2, 16), torch.randn(())
+
+    def run(x, scale):
+        a, b, c = model.layers
+        first = a(x)
+        return first, F.linear(x, b.weight * scale), c(x), F.linear(x, b.weight, first[0])
+
+    result = rewritten(run, x, scale, passes=PASSES)
+    (merged,) = [n for n in result.graphs[-1].graph.nodes if "multi_linear" in str(n.target)]
+    assert len(merged.args[1]) == 2
+    assert result.ops().count("aten.linear") == 2
+    assert all(relative_l2(p, q) < 1e-6 for p, q in zip(result.run(x, scale), run(x, scale), strict=True))
+
+
+def test_spellings_of_a_linear_layer():
+    model, x = Siblings((8, 8, 8), (False, True, False)), torch.randn(2, 3, 16)
+
+    def run(x):
+        a, b, c = model.layers
+        return x @ a.weight.T, b(x), torch.einsum("bsk,nk->bsn", x, c.weight)
+
+    result = rewritten(run, x, passes=PASSES)
+    assert result.ops() == ["dsopt.multi_linear"]
+    assert all(relative_l2(p, q) < 1e-6 for p, q in zip(result.run(x), run(x), strict=True))
+
+
+def test_dynamic_shapes():
+    model = Siblings((8, 24), (False, True))
+    result = rewritten(model, torch.randn(2, 3, 16), passes=PASSES, dynamic=True)
+    assert result.ops() == ["dsopt.multi_linear"]
+    x = torch.randn(5, 4, 16)
+    assert all(relative_l2(a, b) < 1e-6 for a, b in zip(result.run(x), model(x), strict=True))
+    assert len(result.graphs) == 1
+
+
+def test_input_changed_between_siblings():
+    model = Siblings((8, 8), (False, False))
+
+    def run(x):
+        y = x * 2
+        first = model.layers[0](y)
+        y.add_(1)
+        return first, model.layers[1](y)
+
+    x = torch.randn(2, 16)
+    result = rewritten(run, x, passes=PASSES)
+    assert all(relative_l2(a, b) < 1e-6 for a, b in zip(result.run(x), run(x), strict=True))
