@@ -181,7 +181,8 @@ def test_same_bits_for_any_threads_batch_and_buffer(dtype, isa, threads):
     assert torch.equal(norm(x, None, 1e-6), torch.cat([norm(row[None], None, 1e-6) for row in x]))
 
 
-def test_many_tokens_are_expanded(monkeypatch):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_tokens_are_expanded(dtype, monkeypatch):
     from dsopt.kernels.torch import mla_attention as torch_kernel
 
     calls = []
@@ -189,7 +190,7 @@ def test_many_tokens_are_expanded(monkeypatch):
     monkeypatch.setattr(torch_kernel, "expanded", lambda *args: calls.append(1) or expanded(*args))
     sizes = {"heads": 2, "nope": 32, "rope": 8, "rank": 64, "value": 32}
     for new, expected in ((1, 0), (16, 0), (600, 1)):
-        args = (*attention_case(torch.float32, new=new, cached=600, **sizes), None, 0.2, True)
+        args = (*attention_case(dtype, new=new, cached=600, **sizes), None, 0.2, True)
         assert_right(mla_attention, mla_kernel.KERNELS[0].plan(*args), args)
         assert len(calls) == expected
 
