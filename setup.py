@@ -8,6 +8,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CCompilerError
 
 PARTS = ("passes", "kernels", "models")  # top-level folders shipped inside dsopt
 SOURCES = sorted(p.as_posix() for p in Path("csrc/cpu").glob("*.cpp"))
@@ -29,6 +30,13 @@ class BuildVariants(build_ext):
     """Compiles each kernel source once per instruction set and links all objects into one library."""
 
     def build_extension(self, ext):
+        try:
+            self.build_variants(ext)
+        except CCompilerError:
+            print("dsopt: native CPU kernels are not built: the compiler failed", file=sys.stderr)
+            raise  # setuptools goes on without an extension that is optional
+
+    def build_variants(self, ext):
         def compile_one(job):
             source, variant = job
             return self.compiler.compile(
@@ -36,7 +44,7 @@ class BuildVariants(build_ext):
                 output_dir=os.path.join(self.build_temp, variant or "once"),
                 macros=[("DSOPT_VARIANT", variant)] if variant else [],
                 include_dirs=ext.include_dirs,
-                extra_postargs=[*FLAGS, *OPENMP, *VARIANTS.get(variant, ())],
+                extra_postargs=[*FLAGS, *OPENMP, *(VARIANTS[variant] if variant else ["-O1"])],
                 depends=ext.depends,
             )
 
