@@ -7,7 +7,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 
 class Steps:
-    """Called with a phase and a detail at each step: a live line on a terminal, one line a phase elsewhere."""
+    """Called with a phase and a detail at each step: a live line on a terminal, else one line a phase."""
 
     def __init__(self, console: Console):
         self.console = console
