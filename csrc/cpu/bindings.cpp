@@ -62,6 +62,7 @@ void register_mla_attention(py::module_& m) {
         active_isa();
         py::gil_scoped_release nogil;
         mla_attention(args);
+        trim_scratch();
       },
       "Absorbed latent attention. sizes: batch, heads, tokens, cached, rank, nope, rope, value.");
 }

@@ -38,11 +38,21 @@ Isa choose(const std::string& wanted) {
   return parse_isa(wanted);
 }
 
+constexpr unsigned long kKeptScratch = 32ul << 20;
+
 struct Buffer {
   void* data = nullptr;
   unsigned long bytes = 0;
-  ~Buffer() { std::free(data); }
+
+  void release() {
+    std::free(data);
+    data = nullptr;
+    bytes = 0;
+  }
+  ~Buffer() { release(); }
 };
+
+thread_local Buffer buffer;
 
 }  // namespace
 
@@ -78,17 +88,18 @@ Isa active_isa() {
 }
 
 void* scratch(unsigned long bytes) {
-  thread_local Buffer buffer;
   if (bytes > buffer.bytes) {
-    std::free(buffer.data);
-    buffer.bytes = (bytes + bytes / 4 + 63) / 64 * 64;
-    buffer.data = std::aligned_alloc(64, buffer.bytes);
-    if (!buffer.data) {
-      buffer.bytes = 0;
-      throw std::bad_alloc();
-    }
+    buffer.release();
+    const unsigned long rounded = (bytes + bytes / 4 + 63) / 64 * 64;
+    buffer.data = std::aligned_alloc(64, rounded);
+    if (!buffer.data) throw std::bad_alloc();
+    buffer.bytes = rounded;
   }
   return buffer.data;
+}
+
+void trim_scratch() {
+  if (buffer.bytes > kKeptScratch) buffer.release();
 }
 
 }  // namespace dsopt

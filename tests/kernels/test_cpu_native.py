@@ -85,6 +85,7 @@ def test_attention_sizes(dtype, isa, poisoned):
     """Heads, tokens, keys and widths around the kernel's own block sizes."""
     sizes = [
         {"heads": 1, "cached": 1, "nope": 1, "rope": 2, "rank": 1, "value": 1},
+        {"batch": 2, "new": 2, "cached": 0},
         {"heads": 3, "new": 2, "cached": 63, "nope": 9, "rope": 6, "rank": 19, "value": 5},
         {"heads": 5, "new": 16, "cached": 65, "rank": 17},
         {"heads": 33, "new": 1, "cached": 513, "rank": 16, "rope": 16},

@@ -23,9 +23,12 @@ enum class Isa { DSOPT_FOR_EACH_ISA(DSOPT_NAME) };
 // Throws std::invalid_argument for a DSOPT_ISA that is unknown or that this processor lacks.
 Isa active_isa();
 
-// At least `bytes` bytes aligned to 64, private to the calling thread, kept between calls.
-// The contents last until the same thread's next call.
+// At least `bytes` bytes aligned to 64, private to the calling thread, until its next call of this or of
+// trim_scratch.
 void* scratch(unsigned long bytes);
+
+// Gives scratch memory back unless it is little enough to keep for the next call.
+void trim_scratch();
 
 }  // namespace dsopt
 

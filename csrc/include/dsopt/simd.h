@@ -15,7 +15,11 @@
 
 #define DSOPT_INLINE inline __attribute__((always_inline))
 // arrays of vectors stay in registers only if every loop over them is unrolled before optimisation
+#if defined(__clang__)
+#define DSOPT_UNROLL _Pragma("unroll")
+#else
 #define DSOPT_UNROLL _Pragma("GCC unroll 16")
+#endif
 
 namespace dsopt::DSOPT_VARIANT {
 
@@ -63,7 +67,7 @@ DSOPT_INLINE Vec madd(Vec a, Vec b, Vec c) {
 #elif defined(__AVX2__)
   return _mm256_fmadd_ps(a, b, c);
 #elif defined(__aarch64__)
-  return vfmaq_f32(c, a, b);
+  return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
   return a * b + c;
 #endif
