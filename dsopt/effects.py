@@ -2,7 +2,7 @@
 
 A cache update is a write in the middle of the graph: reads before it and after it see different data. For
 each thing the graph leaves behind (its outputs and its writes), `effects` tells which versions of which
-written inputs it was computed from; a rewrite may drop such a read but never see another version.
+written tensors it was computed from; a rewrite may drop such a read but never see another version.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _METADATA_ONLY = {
     aten.sym_numel.default,
     aten.sym_stride.int,
 }
-# (input, how many times it had been written) pairs
+# (tensor, how many times it had been written) pairs
 Versions = frozenset[tuple[str, int]]
 
 
@@ -67,7 +67,17 @@ def is_impure(node: Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return getattr(node.target, "__module__", "") not in ("_operator", "operator", "math")
-    return not schema.returns or torch.Tag.nondeterministic_seeded in node.target.tags
+    return not schema.returns or _draws(node)
+
+
+def _draws(node: Node) -> bool:
+    """True for calls that advance the random generator; an attention without dropout may but does not."""
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    dropout = [i for i, arg in enumerate(node.target._schema.arguments) if arg.name == "dropout_p"]
+    return not any(
+        (node.args[i] if i < len(node.args) else node.kwargs.get("dropout_p", 0.0)) == 0 for i in dropout
+    )
 
 
 def bases(gm: GraphModule) -> dict[Node, frozenset[Node]]:
@@ -90,7 +100,9 @@ def _aliased(node: Node) -> Iterator[Node]:
         if arg.alias_info is None:
             continue
         value = node.args[i] if i < len(node.args) and not arg.kwarg_only else node.kwargs.get(arg.name)
-        yield from (x for x in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(x, Node))
+        yield from (
+            x for x in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(x, Node)
+        )
     # composite ops whose schema promises nothing but which return their input when there is nothing to do
     if node.target in _MAYBE_VIEWS and _dtype(node) == _dtype(node.args[0]):
         yield node.args[0]
@@ -102,20 +114,28 @@ def _dtype(node: Node) -> torch.dtype | None:
 
 _MAYBE_VIEWS = {
     overload
-    for packet in (aten.reshape, aten.contiguous, aten.to, aten.flatten, aten.type_as, aten.dropout, aten.expand_as)
+    for packet in (
+        aten.reshape,
+        aten.contiguous,
+        aten.to,
+        aten.flatten,
+        aten.type_as,
+        aten.dropout,
+        aten.expand_as,
+    )
     for overload in (getattr(packet, name) for name in packet.overloads())
 }
 
 
 def effects(gm: GraphModule) -> Effects:
-    """The reads and writes of a graph's inputs, in the order they happen."""
+    """The reads and writes of whatever a graph writes to, in the order they happen."""
     base_of = bases(gm)
-    inputs = {n for n in gm.graph.nodes if n.op in ("placeholder", "get_attr")}
+    inputs = dict.fromkeys(n for n in gm.graph.nodes if n.op in ("placeholder", "get_attr"))
+    names = {n: n.name for n in gm.graph.nodes} | {n: f"input {i}" for i, n in enumerate(inputs)}
     version: dict[Node, int] = {}
     for node in gm.graph.nodes:
         for target in written(node):
-            version.update(dict.fromkeys(base_of[target] & inputs, 0))
-    names = {n: f"input {i}" for i, n in enumerate(n for n in gm.graph.nodes if n in inputs)}
+            version.update(dict.fromkeys(base_of[target], 0))
 
     content: dict[Node, Versions] = {}  # what the data in a fresh tensor was computed from
     writes: list[str] = []
@@ -137,8 +157,8 @@ def effects(gm: GraphModule) -> Effects:
             continue
         read = frozenset().union(*(seen(x) for x in node.all_input_nodes))
         for base in frozenset().union(*(base_of[t] for t in targets)):
-            if base in version:
-                version[base] += 1
+            version[base] += 1
+            if base in inputs:
                 writes.append(names[base])
                 sinks.append(read)
             else:
@@ -152,7 +172,9 @@ def check_effects(before: Effects, after: Effects, name: str) -> Effects:
     """Returns `after`. Raises EffectError if pass `name` changed writes or let a sink see other versions."""
     if before.writes != after.writes:
         raise EffectError(f"pass {name} changed the writes from {before.writes} to {after.writes}")
+    # a fresh tensor that the pass made itself has no versions to compare with
+    tensors = {tensor for sink in before.sinks for tensor, _ in sink} | set(before.writes)
     for i, (old, new) in enumerate(zip(before.sinks, after.sinks, strict=True)):
-        if new - old:
-            raise EffectError(f"pass {name} lets sink {i} read {sorted(new - old)}, which it did not read before")
+        if other := sorted(v for v in new - old if v[0] in tensors):
+            raise EffectError(f"pass {name} lets sink {i} read {other}, which it did not read before")
     return after
