@@ -59,7 +59,7 @@ def written(node: Node) -> list[Node]:
 
 
 def is_impure(node: Node) -> bool:
-    """True for nodes that dead-code removal must keep: inputs, outputs, writes, and calls of unknown effect."""
+    """True for what dead-code removal must keep: inputs, outputs, writes, and calls of unknown effect."""
     if node.op in ("placeholder", "output") or written(node):
         return True
     if node.op != "call_function":

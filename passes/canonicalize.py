@@ -1,16 +1,16 @@
 """One spelling for what frameworks spell in many ways, and nothing that does nothing.
 
-    to.device, to.dtype_layout, type_as, _to_copy     -> to.dtype, or gone when nothing changes
-    detach, alias, dropout(p=0), full slices, no-op
-    view / reshape / expand / contiguous / permute    -> gone
-    split, chunk, unbind + getitem; narrow            -> slice, select
-    transpose, t, mT, permute of permute              -> permute
-    new_empty + copy_ into adjoining slices           -> cat
-    x * x, square(x)                                  -> pow(x, 2)
-    x * sigmoid(x)                                    -> silu(x)
-    1 / sqrt(x), x ** -0.5, y / sqrt(x)               -> rsqrt
-    x * 1, x / 1, x + 0                               -> x
-    x @ w.T, mm, addmm, einsum with a 2-d weight      -> linear
+to.device, to.dtype_layout, type_as, _to_copy     -> to.dtype, or gone when nothing changes
+detach, alias, dropout(p=0), full slices, no-op
+view / reshape / expand / contiguous / permute    -> gone
+split, chunk, unbind + getitem; narrow            -> slice, select
+transpose, t, mT, permute of permute              -> permute
+new_empty + copy_ into adjoining slices           -> cat
+x * x, square(x)                                  -> pow(x, 2)
+x * sigmoid(x)                                    -> silu(x)
+1 / sqrt(x), x ** -0.5, y / sqrt(x)               -> rsqrt
+x * 1, x / 1, x + 0                               -> x
+x @ w.T, mm, addmm, einsum with a 2-d weight      -> linear
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from dsopt.capture import known
+from dsopt.effects import bases, written
 from dsopt.rewrite import Emitter, Log, argument, aten, is_op, is_tensor, replace, same_shape, shape, val
 
 Rule = Callable[[GraphModule, Node], Node | None]
@@ -29,9 +30,14 @@ Rule = Callable[[GraphModule, Node], Node | None]
 
 def run(gm: GraphModule, log: Log) -> None:
     """Applies the rules from the first node to the last; what a rule emits is canonical already."""
+    base_of = bases(gm)
+    changed = {base for n in gm.graph.nodes for target in written(n) for base in base_of[target]}
     for node in list(gm.graph.nodes):
         for rule in RULES.get(node.target, ()) if node.op == "call_function" else ():
             new = rule(gm, node)
+            # y = x * 1 is a copy: x may not stand for it where either is written to
+            if new in base_of and node in base_of[node] and changed & (base_of[node] | base_of[new]):
+                continue
             if new is not None and new is not node:
                 log.hit()
                 replace(node, new)
@@ -54,7 +60,9 @@ def _contiguous_strides(sizes) -> list:
 def _same(gm: GraphModule, node: Node) -> Node | None:
     """A call that returns its input's very elements, in place: the input serves."""
     x = node.args[0]
-    return x if is_tensor(x) and same_shape(shape(x), shape(node)) and val(x).dtype == val(node).dtype else None
+    return (
+        x if is_tensor(x) and same_shape(shape(x), shape(node)) and val(x).dtype == val(node).dtype else None
+    )
 
 
 def _contiguous(gm: GraphModule, node: Node) -> Node | None:
@@ -73,8 +81,10 @@ def _cast(gm: GraphModule, node: Node) -> Node | None:
     if old.dtype == new.dtype:
         copies = node.target is aten._to_copy.default or True in (node.kwargs.get("copy"), *node.args[2:])
         return None if copies else x
-    return None if node.target is aten.to.dtype and len(node.args) == 2 else Emitter(gm, node)(
-        aten.to.dtype, x, new.dtype, like=new
+    return (
+        None
+        if node.target is aten.to.dtype and len(node.args) == 2
+        else Emitter(gm, node)(aten.to.dtype, x, new.dtype, like=new)
     )
 
 
@@ -168,8 +178,7 @@ def _div(gm: GraphModule, node: Node) -> Node | None:
 
 
 def _add(gm: GraphModule, node: Node) -> Node | None:
-    a, b = node.args
-    return _same(gm, node) if not isinstance(b, Node) and b == 0 else None
+    return _same(gm, node) if not isinstance(node.args[1], Node) and node.args[1] == 0 else None
 
 
 def _pow(gm: GraphModule, node: Node) -> Node | None:
@@ -185,7 +194,11 @@ def _square(gm: GraphModule, node: Node) -> Node:
 
 def _reciprocal(gm: GraphModule, node: Node) -> Node | None:
     x = node.args[0]
-    return Emitter(gm, node)(aten.rsqrt.default, x.args[0], like=val(node)) if is_op(x, aten.sqrt.default) else None
+    return (
+        Emitter(gm, node)(aten.rsqrt.default, x.args[0], like=val(node))
+        if is_op(x, aten.sqrt.default)
+        else None
+    )
 
 
 def _transposed_weight(node: Node) -> Node | None:

@@ -19,3 +19,9 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 def seed(request):
     """The same random numbers for a test whatever ran before it, and others for another test."""
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """Compiled code of one test does not count against another's recompile limit."""
+    torch._dynamo.reset()

@@ -1,8 +1,6 @@
 import pytest
-import torch
 
 
 @pytest.fixture(autouse=True)
-def fresh_dynamo():
-    """Compiled code of one test does not count against another's recompile limit."""
-    torch._dynamo.reset()
+def every_test(fresh_dynamo):
+    """Passes are tested on small functions, each compiled many times."""
