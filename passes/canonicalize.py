@@ -1,5 +1,6 @@
 """One spelling for what frameworks spell in many ways, and nothing that does nothing.
 
+add_, mul_, silu_ and such of a fresh tensor      -> add, mul, silu
 to.device, to.dtype_layout, type_as, _to_copy     -> to.dtype, or gone when nothing changes
 detach, alias, dropout(p=0), full slices, no-op
 view / reshape / expand / contiguous / permute    -> gone
@@ -30,6 +31,7 @@ Rule = Callable[[GraphModule, Node], Node | None]
 
 def run(gm: GraphModule, log: Log) -> None:
     """Applies the rules from the first node to the last; what a rule emits is canonical already."""
+    _in_place_to_pure(gm, log)
     base_of = bases(gm)
     changed = {base for n in gm.graph.nodes for target in written(n) for base in base_of[target]}
     for node in list(gm.graph.nodes):
@@ -47,6 +49,36 @@ def run(gm: GraphModule, log: Log) -> None:
     for node in list(gm.graph.nodes):
         if is_op(node, aten.new_empty.default, aten.empty.memory_format):
             _copies_to_cat(gm, node, log)
+
+
+def _in_place_to_pure(gm: GraphModule, log: Log) -> None:
+    """x.add_(y) -> x + y for a fresh x that nothing reads afterwards under its old name or a view's."""
+    base_of = bases(gm)
+    aliases: dict[Node, list[Node]] = {}
+    for node, its_bases in base_of.items():
+        for base in its_bases:
+            aliases.setdefault(base, []).append(node)
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function" or node.target not in _PURE:
+            continue
+        x = node.args[0]
+        if base_of[x] != {x} or x.op != "call_function":
+            continue
+        # what carries on from the call itself sees the new value either way
+        earlier, later = (
+            [n for n in aliases[x] if (n < node) == side and n is not node] for side in (True, False)
+        )
+        if any(node < user for n in earlier for user in n.users):
+            continue
+        pure = Emitter(gm, node)(_PURE[node.target], *node.args, **node.kwargs)
+        if val(pure).dtype != val(node).dtype or not same_shape(shape(pure), shape(node)):
+            gm.graph.erase_node(pure)
+            continue
+        log.hit()
+        replace(node, pure)
+        gm.graph.erase_node(node)
+        aliases[x], aliases[pure] = earlier, [pure, *later]
+        base_of.update((n, base_of.get(n, frozenset()) - {x} | {pure}) for n in aliases[pure])
 
 
 def _contiguous_strides(sizes) -> list:
@@ -292,6 +324,14 @@ _SPLITS = (
     aten.unsafe_chunk.default,
     aten.tensor_split.sections,
 )
+
+_POINTWISE = "add sub mul div pow masked_fill silu sigmoid relu neg square sqrt rsqrt exp clamp tanh".split()
+_PURE = {
+    getattr(getattr(aten, f"{name}_"), overload): getattr(getattr(aten, name), overload)
+    for name in _POINTWISE
+    for overload in getattr(aten, f"{name}_").overloads()
+    if overload in getattr(aten, name).overloads()
+}
 
 RULES: dict[Callable, tuple[Rule, ...]] = {
     **dict.fromkeys((aten.detach.default, aten.alias.default, aten.lift_fresh.default), (_same,)),

@@ -15,6 +15,8 @@ from dsopt.capture import known
 from dsopt.rewrite import Emitter, Log, argument, aten, is_inner_dim, is_op, is_tensor, replace, shape, val
 
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
+_POINTWISE = (aten.to.dtype, aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor)
+_POINTWISE += (aten.tanh.default, aten.clamp.default, aten.masked_fill.Scalar, aten.where.self)
 # masks below this make a weight vanish whatever the score, so filling and adding are the same
 _HIDDEN = -1e9
 
@@ -32,7 +34,7 @@ def run(gm: GraphModule, log: Log) -> None:
 
 @dataclass
 class Attention:
-    """What was read off the graph; q, k and v with the axes that bring them to (batch, heads, tokens, dim)."""
+    """What was read off the graph; q, k, v with the axes that bring them to (batch, heads, tokens, dim)."""
 
     out: Node
     q: tuple[Node, list[int]]
@@ -42,6 +44,7 @@ class Attention:
     scale: float
     mask: Node | None
     fill: tuple[Node, float] | None
+    mask_order: list[int]
 
 
 def _only_reader(node: Node) -> Node | None:
@@ -76,11 +79,17 @@ def _read(softmax: Node) -> Attention | str | None:
     (_, p_axes), (v, v_axes), result = right
     if len(scores) != 4 or len(result) != 4:
         return None
-    # name the axes after the scores: batch, heads, queries, keys
-    b, h, s, t = scores
+    # name the axes after their roles: batch, heads, queries, keys
+    t = scores[-1]
+    shared = [a for a in scores if a in q_axes and a in k_axes]
+    queries = [a for a in scores if a in q_axes and a not in k_axes]
+    if len(shared) != 2 or len(queries) != 1 or t not in k_axes:
+        return "the scores are not <q, k> by head"
+    b, h, s = *shared, *queries
     depth = (set(q_axes) & set(k_axes)) - {b, h}
     if len(depth) != 1 or set(q_axes) != {b, h, s, *depth} or set(k_axes) != {b, h, t, *depth}:
         return "the scores are not <q, k> by head"
+    to_heads_first = _order(scores, (b, h, s, t))
     rename = dict(zip(p_axes, scores, strict=True))
     v_axes = "".join(rename.get(a, a.upper()) for a in v_axes)
     result = "".join(rename.get(a, a.upper()) for a in result)
@@ -92,7 +101,8 @@ def _read(softmax: Node) -> Attention | str | None:
         (k, _order(k_axes, (b, h, t, *depth))),
         (v, _order(v_axes, (b, h, t, *d))),
     ]
-    return Attention(reader, *order, _order("".join((b, h, s, *d)), result), scale, mask, fill)
+    result = _order("".join((b, h, s, *d)), result)
+    return Attention(reader, *order, result, scale, mask, fill, to_heads_first)
 
 
 def _order(axes: str, wanted) -> list[int]:
@@ -100,7 +110,7 @@ def _order(axes: str, wanted) -> list[int]:
 
 
 def _scores(softmax: Node):
-    """((scale, added mask, filled mask, nodes between), product) above a softmax; (reason, product) if unknown."""
+    """((scale, added mask, filled mask, nodes between), product) above a softmax; (reason, product) else."""
     scale, mask, fill, between = 1.0, None, None, []
     node = softmax.args[0]
     while True:
@@ -112,7 +122,13 @@ def _scores(softmax: Node):
             factor = node.args[1]
             scale = scale * factor if is_op(node, aten.mul.Tensor) else scale / factor
             step = node.args[0]
-        elif is_op(node, aten.add.Tensor) and mask is None and fill is None and scale == 1.0 and not node.kwargs:
+        elif (
+            is_op(node, aten.add.Tensor)
+            and mask is None
+            and fill is None
+            and scale == 1.0
+            and not node.kwargs
+        ):
             a, b = node.args
             product_first = _product_above(a) is not None
             step, mask = (a, b) if product_first else (b, a)
@@ -146,7 +162,7 @@ def _product_above(node: Node, depth: int = 6) -> Node | None:
         return None
     if _axes(node) is not None:
         return node
-    if not is_op(node, aten.to.dtype, aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.cat.default):
+    if not is_op(node, aten.cat.default, *_POINTWISE):
         return None
     above = node.args[0] if is_op(node, aten.cat.default) else node.args
     return next(filter(None, (_product_above(a, depth - 1) for a in above)), None)
@@ -179,15 +195,21 @@ def _rewrite(gm: GraphModule, found: Attention) -> None:
             node, order = node.args[0], [node.args[1][i] for i in order]
         return node if order == [0, 1, 2, 3] else emit(aten.permute.default, node, order)
 
+    def heads_first(mask: Node) -> Node:
+        if found.mask_order == [0, 1, 2, 3]:
+            return mask
+        for _ in range(4 - val(mask).ndim):
+            mask = emit(aten.unsqueeze.default, mask, 0)
+        return emit(aten.permute.default, mask, found.mask_order)
+
     q, k, v = (ordered(*x) for x in (found.q, found.k, found.v))
-    mask = found.mask
+    mask = found.mask if found.mask is None else heads_first(found.mask)
     if found.fill is not None:
         hidden, value = found.fill
+        hidden = heads_first(hidden)
         zeros = emit(aten.zeros_like.default, hidden, dtype=torch.float32)
         mask = emit(aten.masked_fill.Scalar, zeros, hidden, max(value, torch.finfo(torch.float32).min))
     if mask is not None and val(mask).dtype not in (val(q).dtype, torch.bool, torch.float32):
         mask = emit(aten.to.dtype, mask, val(q).dtype)
     out = emit(aten.scaled_dot_product_attention.default, q, k, v, mask, scale=float(found.scale))
     replace(found.out, out if found.result == [0, 1, 2, 3] else emit(aten.permute.default, out, found.result))
-
-

@@ -109,6 +109,52 @@ def test_arithmetic_that_copies_stays_where_either_is_written(copy):
         assert all(torch.equal(a, b) for a, b in zip(result.run(X), fn(X), strict=True))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda h, y: h.add_(y),
+        lambda h, y: h.mul_(y).sub_(1),
+        lambda h, y: F.silu(h, inplace=True),
+        lambda h, y: h.masked_fill_(y > 0, 2.0),
+        lambda h, y: h.view(-1, 8).div_(3),
+    ],
+)
+def test_writes_of_a_fresh_tensor_become_pure(change):
+    def fn(x, y):
+        h = x @ y.mT @ y
+        early = h * 2
+        change(h, y)
+        return early, h + 1
+
+    result = rewritten(fn, X, Y, passes=("canonicalize",))
+    assert all(relative_l2(a, b) < 1e-6 for a, b in zip(result.run(X, Y), fn(X, Y), strict=True))
+    written_through_a_view = "aten.view" in result.ops()
+    assert any(op.endswith("_") for op in result.ops()) == written_through_a_view
+
+
+def test_writes_that_others_see_stay():
+    def caller_sees(x, y):
+        x.add_(y)
+        return x * 2
+
+    def view_sees(x, y):
+        h = x + y
+        rows = h.view(-1, 8)
+        h.mul_(3)
+        return rows + 1
+
+    def narrower_result(x, y):
+        h = x.bfloat16()
+        h.mul_(y)
+        return h
+
+    for fn in (caller_sees, view_sees, narrower_result):
+        result = rewritten(fn, X.clone(), Y, passes=("canonicalize",))
+        assert any(op.endswith("_") for op in result.ops())
+        got, want = X.clone(), X.clone()
+        assert torch.equal(result.run(got, Y), fn(want, Y)) and torch.equal(got, want)
+
+
 def test_active_dropout_stays():
     result = rewritten(lambda x: F.dropout(x, 0.5, training=True), X, passes=("canonicalize",))
     assert result.ops() == ["aten.dropout"]

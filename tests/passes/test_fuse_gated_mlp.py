@@ -94,6 +94,7 @@ def test_inner_width_written_in_place():
 
     model, x = MLP(in_place), torch.randn(2, 3, 16)
     result = rewritten(model, x, passes=PASSES)
+    assert result.ops() == ["dsopt.gated_mlp"]
     assert relative_l2(result.run(x), model(x)) < 1e-6
 
 

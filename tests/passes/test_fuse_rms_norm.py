@@ -131,6 +131,20 @@ def test_residual_sum_is_fused(formula, dtype):
         assert relative_l2(got, want) < TOLERANCE[dtype]
 
 
+def test_residual_added_in_place():
+    model, layer = Norm(llama, torch.float32), nn.Linear(24, 24)
+
+    def block(x):
+        hidden = layer(x)
+        hidden += x
+        return model(hidden), hidden
+
+    x = torch.randn(2, 24)
+    result = rewritten(block, x, passes=PASSES)
+    assert result.ops() == ["aten.linear", "dsopt.add_rms_norm"]
+    assert all(relative_l2(a, b) < 1e-6 for a, b in zip(result.run(x), block(x), strict=True))
+
+
 def test_residual_that_broadcasts_is_added_before():
     model, x = Norm(llama, torch.float32), torch.randn(2, 3, 24)
     for other in (torch.randn(24), torch.tensor(2.0)):
