@@ -1,0 +1,404 @@
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dsopt.testing import exported, relative_l2, rewritten
+
+PASSES = ("canonicalize", "canonicalize_attention", "absorb_mla", "canonicalize")
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+NOPE, ROPE, RANK, VALUE, HIDDEN, CACHED = 8, 4, 12, 6, 32, 7
+
+
+class MLA(nn.Module):
+    """Latent attention, expanded: as transformers spells it unless told otherwise."""
+
+    def __init__(
+        self, heads=3, expand="merged", attend="sdpa", rope_first=False, four_d=False, dtype=torch.float32
+    ):
+        super().__init__()
+        self.heads, self.expand, self.attend = heads, getattr(self, expand), getattr(self, attend)
+        self.rope_first, self.four_d = rope_first, four_d
+        self.scale = (NOPE + ROPE) ** -0.5
+        self.q = nn.Linear(HIDDEN, heads * (NOPE + ROPE), bias=False, dtype=dtype)
+        self.kv_a = nn.Linear(HIDDEN, RANK + ROPE, bias=False, dtype=dtype)
+        self.kv_b = nn.Linear(RANK, heads * (NOPE + VALUE), bias=False, dtype=dtype)
+        self.k_b = nn.Linear(RANK, heads * NOPE, bias=False, dtype=dtype)
+        self.v_b = nn.Linear(RANK, heads * VALUE, bias=False, dtype=dtype)
+        self.w_k = nn.Parameter(torch.randn(heads, NOPE, RANK, dtype=dtype) / RANK**0.5)
+        self.w_v = nn.Parameter(torch.randn(heads, VALUE, RANK, dtype=dtype) / RANK**0.5)
+
+    def merged(self, c):
+        kv = self.kv_b(c).view(c.shape[0], -1, self.heads, NOPE + VALUE).transpose(1, 2)
+        return torch.split(kv, [NOPE, VALUE], dim=-1)
+
+    def split_late(self, c):
+        kv = self.kv_b(c).unflatten(-1, (self.heads, NOPE + VALUE))
+        return kv[..., :NOPE].transpose(1, 2), kv[..., NOPE:].permute(0, 2, 1, 3)
+
+    def split_first(self, c):
+        k, v = self.kv_b(c).split([self.heads * NOPE, self.heads * VALUE], dim=-1)
+        k, v = (t.reshape(t.shape[0], -1, self.heads, t.shape[-1] // self.heads) for t in (k, v))
+        return k.transpose(1, 2), v.transpose(1, 2)
+
+    def separate(self, c):
+        k = self.k_b(c).view(c.shape[0], c.shape[1], self.heads, NOPE).transpose(1, 2)
+        return k, self.v_b(c).view(c.shape[0], c.shape[1], self.heads, VALUE).transpose(1, 2)
+
+    def contiguous(self, c):
+        return tuple(t.contiguous() for t in self.merged(c))
+
+    def einsum(self, c):
+        return torch.einsum("btr,hdr->bhtd", c, self.w_k), torch.einsum("btr,hdr->bhtd", c, self.w_v)
+
+    def einsum_tokens_first(self, c):
+        w = self.kv_b.weight.view(self.heads, -1, RANK)
+        k, v = torch.einsum("btc,hdc->bthd", c, w).split([NOPE, VALUE], -1)
+        return k.transpose(1, 2), v.transpose(1, 2)
+
+    def matmul(self, c):
+        return c.unsqueeze(1) @ self.w_k.mT, c.unsqueeze(1) @ self.w_v.transpose(1, 2)
+
+    def sdpa(self, q, k, v, mask):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+
+    def causal(self, q, k, v, mask):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def eager(self, q, k, v, mask):
+        scores = torch.matmul(q, k.transpose(2, 3)) * self.scale
+        if mask is not None:
+            scores = scores + mask[:, :, :, : k.shape[-2]]
+        return F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
+
+    def forward(self, x, mask=None, cache=None, position=None):
+        q = self.q(x).view(*x.shape[:2], self.heads, -1).transpose(1, 2)
+        q_nope, q_rope = q.split([NOPE, ROPE], -1)
+        c, k_rope = self.kv_a(x).split([RANK, ROPE], -1)
+        k_rope = k_rope.unsqueeze(1)
+        if self.four_d:
+            c = c.unsqueeze(1)
+        if position is not None:
+            c = cache[0].index_copy_(-2, position, c)
+            k_rope = cache[1].index_copy_(-2, position, k_rope)
+        elif cache is not None:
+            c, k_rope = (torch.cat(both, -2) for both in zip(cache, (c, k_rope), strict=True))
+        k_nope, v = self.expand(c.squeeze(1) if self.four_d else c)
+        k_rope = k_rope.expand(-1, self.heads, -1, -1)
+        parts = (k_rope, k_nope) if self.rope_first else (k_nope, k_rope)
+        query = (q_rope, q_nope) if self.rope_first else (q_nope, q_rope)
+        out = self.attend(torch.cat(query, -1), torch.cat(parts, -1), v, mask)
+        return out.transpose(1, 2).flatten(2)
+
+
+def inputs(cache="none", batch=2, new=3, dtype=torch.float32, four_d=False):
+    """Hidden states, mask, cache, position: what MLA.forward takes."""
+    x = torch.randn(batch, new, HIDDEN, dtype=dtype)
+    if cache == "none":
+        return [x]
+    lead = (batch, 1) if four_d else (batch,)
+    kept = [torch.randn(*lead, CACHED, RANK, dtype=dtype), torch.randn(batch, 1, CACHED, ROPE, dtype=dtype)]
+    if cache == "cat":
+        return [x, None, kept]
+    mask = (torch.arange(CACHED) <= torch.arange(2, 2 + new)[:, None])[None, None]
+    return [x, mask, kept, torch.arange(2, 2 + new)]
+
+
+def fresh(args):
+    return torch.utils._pytree.tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, args)
+
+
+def check(model, args, tolerance=1e-5, export=False):
+    results = [rewritten(model, *fresh(args), passes=PASSES)]
+    if export:
+        results.append(exported(model, *fresh(args), passes=PASSES))
+    for result in results:
+        assert result.log("absorb_mla").families == {"mla": 1}, result.log("absorb_mla").misses
+        assert result.count("dsopt.mla_attention") == 1
+        assert not {"aten.scaled_dot_product_attention", "aten.expand"} & set(result.ops())
+        got_args, want_args = fresh(args), fresh(args)
+        assert relative_l2(result.run(*got_args), model(*want_args)) < tolerance
+        for got, want in zip(*map(torch.utils._pytree.tree_leaves, (got_args, want_args)), strict=True):
+            assert got is None or torch.equal(got, want)
+    return results[0]
+
+
+EXPANSIONS = [
+    "merged",
+    "split_late",
+    "split_first",
+    "separate",
+    "contiguous",
+    "einsum",
+    "einsum_tokens_first",
+    "matmul",
+]
+
+
+@pytest.mark.parametrize("attend", ["sdpa", "causal", "eager"])
+@pytest.mark.parametrize("expand", EXPANSIONS)
+def test_expansions(expand, attend):
+    check(MLA(expand=expand, attend=attend), inputs())
+
+
+@pytest.mark.parametrize("expand", ["merged", "separate", "einsum"])
+def test_exported_graphs(expand):
+    check(MLA(expand=expand), inputs(), export=True)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    ("cache", "rope_first", "four_d"),
+    itertools.product(("none", "cat", "static"), (False, True), (False, True)),
+)
+def test_caches(cache, rope_first, four_d, dtype):
+    model = MLA(rope_first=rope_first, four_d=four_d, dtype=dtype)
+    check(model, inputs(cache, dtype=dtype, four_d=four_d), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(("batch", "heads", "new"), [(1, 1, 1), (1, 5, 1), (2, 1, 3), (2, 5, 1), (1, 3, 9)])
+@pytest.mark.parametrize("expand", ["merged", "separate", "einsum"])
+def test_sizes(expand, batch, heads, new):
+    check(MLA(heads, expand), inputs("cat", batch, new))
+
+
+@pytest.mark.parametrize("attend", ["sdpa", "eager"])
+def test_masks(attend):
+    model, new = MLA(attend=attend), 3
+    for heads in (1, None):
+        mask = torch.zeros(2, 1, new, CACHED + new)
+        mask[1, :, :, :4] = float("-inf")
+        if heads is None:
+            mask = mask.expand(2, 3, new, CACHED + new) if attend == "sdpa" else mask[:1]
+        x, _, cache = inputs("cat")
+        if attend == "sdpa" and heads is None:
+            # a mask that a graph repeats for every head is one mask
+
+            def repeated(x, mask, cache):
+                return model(x, mask.expand(2, 3, new, CACHED + new), cache)
+
+            result = rewritten(repeated, x, mask[:, :1], cache, passes=PASSES)
+            assert result.log("absorb_mla").families == {"mla": 1}
+            assert relative_l2(result.run(x, mask[:, :1], cache), model(x, mask, cache)) < 1e-5
+        else:
+            check(model, [x, mask, cache])
+
+
+def test_default_scale():
+    model = MLA()
+    model.scale = None
+    check(model, inputs())
+
+
+def test_wider_scale():
+    model = MLA()
+    model.scale = 0.1 * math.log(40) + 1.0
+    check(model, inputs())
+
+
+def test_causal_over_a_cut_cache():
+    """A static cache longer than the prompt, cut to it before the causal attention."""
+
+    def prefill(model, x, cache, position):
+        c, k_rope = model.kv_a(x).split([RANK, ROPE], -1)
+        c = cache[0].index_copy_(1, position, c)
+        k_rope = cache[1].index_copy_(1, position, k_rope)[:, None]
+        k_nope, v = model.merged(c)
+        q = model.q(x).view(*x.shape[:2], model.heads, -1).transpose(1, 2)
+        k = torch.cat((k_nope, k_rope.expand(-1, model.heads, -1, -1)), -1)
+        k, v = k[:, :, : x.shape[1]], v[:, :, : x.shape[1]]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    model, x, position = MLA(), torch.randn(2, 3, HIDDEN), torch.arange(3)
+    cache = [torch.randn(2, CACHED, RANK), torch.randn(2, CACHED, ROPE)]
+
+    def fn(x, cache, position):
+        return prefill(model, x, cache, position)
+
+    result = rewritten(fn, x, fresh(cache), position, passes=PASSES)
+    assert result.log("absorb_mla").families == {"mla": 1}
+    got, want = fresh(cache), fresh(cache)
+    assert relative_l2(result.run(x, got, position), fn(x, want, position)) < 1e-5
+    assert torch.equal(got[0], want[0])
+
+
+def test_dynamic_shapes():
+    model = MLA()
+
+    def fn(x, latents, ropes):
+        return model(x, None, [latents, ropes])
+
+    def args(new, cached):
+        return torch.randn(2, new, HIDDEN), torch.randn(2, cached, RANK), torch.randn(2, 1, cached, ROPE)
+
+    result = rewritten(fn, *args(3, 7), passes=PASSES, dynamic=True)
+    assert result.log("absorb_mla").families == {"mla": 1}
+    for sizes in ((2, 9), (5, 30)):
+        example = args(*sizes)
+        assert relative_l2(result.run(*example), fn(*example)) < 1e-5
+    assert len(result.graphs) == 1
+
+
+def with_parts(model, change):
+    """The attention of `model` with (q, k_nope, k_rope, v, mask) changed before it runs."""
+
+    def fn(x, *more):
+        q = model.q(x).view(*x.shape[:2], model.heads, -1).transpose(1, 2)
+        c, k_rope = model.kv_a(x).split([RANK, ROPE], -1)
+        k_nope, v = model.expand(c)
+        parts = {"q": q, "k_nope": k_nope, "k_rope": k_rope[:, None].expand(-1, model.heads, -1, -1), "v": v}
+        parts |= {"mask": None, "dropout_p": 0.0} | change(parts, x, *more)
+        k = torch.cat((parts["k_nope"], parts["k_rope"]), -1)
+        return F.scaled_dot_product_attention(
+            parts["q"], k, parts["v"], parts["mask"], parts["dropout_p"], scale=model.scale
+        )
+
+    return fn
+
+
+def stays(fn, *args, reason):
+    result = rewritten(fn, *fresh(args), passes=PASSES)
+    log = result.log("absorb_mla")
+    assert log.rewrites == 0
+    assert len(log.misses) == 1 and reason in log.misses[0]["reason"], log.misses
+    assert relative_l2(result.run(*fresh(args)), fn(*fresh(args))) < 1e-5
+
+
+X = torch.randn(2, 3, HIDDEN)
+
+
+def test_values_from_elsewhere():
+    model = MLA()
+    other = nn.Linear(HIDDEN, 3 * VALUE)
+
+    def from_hidden_states(parts, x):
+        return {"v": other(x).view(2, 3, 3, VALUE).transpose(1, 2)}
+
+    def from_another_latent(parts, x):
+        return {"v": model.expand(model.kv_a(x * 2)[..., :RANK])[1]}
+
+    def changed_on_the_way(parts, x):
+        return {"v": torch.tanh(parts["v"])}
+
+    stays(with_parts(model, from_hidden_states), X, reason="values: the expansion of the latent has a bias")
+    stays(with_parts(model, from_another_latent), X, reason="not expanded from the latent that the keys")
+    stays(with_parts(model, changed_on_the_way), X, reason="values: not a linear map of a latent")
+
+
+def test_biased_expansion():
+    model = MLA()
+    model.kv_b = nn.Linear(RANK, 3 * (NOPE + VALUE))
+    stays(model, X, reason="bias")
+
+
+def test_mask_that_differs_by_head():
+    stays(MLA(), X, torch.randn(2, 3, 3, 3), reason="the mask differs by head")
+    stays(MLA(), X, torch.rand(3, 3, 3) < 0.9, reason="the mask differs by head")
+
+
+def test_rotary_part_that_differs_by_head():
+    model, k_rope = MLA(), torch.randn(2, 3, 3, ROPE)
+    fn = with_parts(model, lambda parts, x, k_rope: {"k_rope": k_rope})
+    stays(fn, X, k_rope, reason="the rotary part differs by head")
+
+
+@pytest.mark.parametrize("write", ["cat", "index_copy_"])
+def test_expanded_cache(write):
+    model = MLA()
+
+    def store(parts, x, keys, values):
+        if write == "cat":
+            keys, values = (torch.cat(t, 2) for t in ((keys, parts["k_nope"]), (values, parts["v"])))
+        else:
+            at = torch.arange(3) + 2
+            keys, values = keys.index_copy_(2, at, parts["k_nope"]), values.index_copy_(2, at, parts["v"])
+        return {"k_nope": keys, "v": values, "k_rope": torch.ones(2, 3, keys.shape[2], ROPE)}
+
+    cache = torch.randn(2, 3, CACHED, NOPE), torch.randn(2, 3, CACHED, VALUE)
+    stays(with_parts(model, store), X, *cache, reason="cache is expanded")
+
+
+def test_whole_keys_cached():
+    model = MLA()
+
+    def fn(x, keys, values):
+        q = model.q(x).view(2, 3, 3, -1).transpose(1, 2)
+        c, k_rope = model.kv_a(x).split([RANK, ROPE], -1)
+        k_nope, v = model.expand(c)
+        k = torch.cat((k_nope, k_rope[:, None].expand(-1, 3, -1, -1)), -1)
+        k, v = torch.cat((keys, k), 2), torch.cat((values, v), 2)
+        return F.scaled_dot_product_attention(q, k, v)
+
+    cache = torch.randn(2, 3, CACHED, NOPE + ROPE), torch.randn(2, 3, CACHED, VALUE)
+    stays(fn, X, *cache, reason="cache is expanded")
+
+
+def test_dropout():
+    model = MLA()
+    result = rewritten(with_parts(model, lambda parts, x: {"dropout_p": 0.1}), X, passes=PASSES)
+    assert result.log("absorb_mla").rewrites == 0
+    assert "dropout" in result.log("absorb_mla").misses[0]["reason"]
+
+
+def test_heads_that_overlap():
+    model = MLA()
+
+    def overlapping(parts, x):
+        rows = model.kv_b.weight.as_strided((3, VALUE, RANK), (RANK, RANK, 1))
+        c = model.kv_a(x)[..., :RANK]
+        return {"v": F.linear(c, rows.reshape(-1, RANK)).view(2, 3, 3, VALUE).transpose(1, 2)}
+
+    fn = with_parts(model, overlapping)
+    result = rewritten(fn, X, passes=PASSES)
+    assert relative_l2(result.run(X), fn(X)) < 1e-5
+
+
+def test_tokens_and_heads_exchanged():
+    """With as many tokens as heads, an attention over heads has the same sizes as one over tokens."""
+    model = MLA()
+
+    def exchanged(parts, x):
+        return {"k_nope": parts["k_nope"].transpose(1, 2), "v": parts["v"].transpose(1, 2)}
+
+    def batch_and_tokens(parts, x):
+        return {"k_nope": parts["k_nope"].permute(2, 1, 0, 3), "v": parts["v"].permute(2, 1, 0, 3)}
+
+    stays(with_parts(model, exchanged), X, reason="not (batch, heads, tokens, dim)")
+    square = torch.randn(3, 3, HIDDEN)
+    stays(with_parts(model, batch_and_tokens), square, reason="not (batch, heads, tokens, dim)")
+
+
+def test_ordinary_attention_is_no_near_miss():
+    q, k, v = (nn.Linear(HIDDEN, 24) for _ in range(3))
+
+    def attention(x):
+        heads = [p(x).view(2, 3, 3, 8).transpose(1, 2) for p in (q, k, v)]
+        return F.scaled_dot_product_attention(*heads)
+
+    result = rewritten(attention, X, passes=PASSES)
+    assert result.log("absorb_mla").rewrites == 0 and result.log("absorb_mla").misses == []
+    assert relative_l2(result.run(X), attention(X)) < 1e-5
+
+
+@pytest.mark.parametrize("case", ["sink", "weights", "scale"])
+def test_eager_attention_that_stays(case):
+    model, extra = MLA(), torch.rand(1, 3, 1, 1)
+
+    def fn(x, extra):
+        q = model.q(x).view(2, 3, 3, -1).transpose(1, 2)
+        c, k_rope = model.kv_a(x).split([RANK, ROPE], -1)
+        k_nope, v = model.expand(c)
+        k = torch.cat((k_nope, k_rope[:, None].expand(-1, 3, -1, -1)), -1)
+        scores = q @ k.mT * (extra if case == "scale" else model.scale)
+        if case == "sink":
+            scores = torch.cat((scores, extra.expand(2, 3, 3, 1)), -1)
+        weights = scores.softmax(-1)[..., :3]
+        return weights @ v, weights if case == "weights" else None
+
+    result = rewritten(fn, X, extra, passes=PASSES)
+    assert result.log("absorb_mla").rewrites == 0
+    assert result.log("canonicalize_attention").misses
+    assert relative_l2(result.run(X, extra)[0], fn(X, extra)[0]) < 1e-5
