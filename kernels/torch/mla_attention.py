@@ -3,8 +3,8 @@
 absorbed   scores = (q_nope w_uk) latent^T + q_rope k_rope^T; out = (softmax(scores) latent) w_uv^T
 expanded   keys and values of a group of heads are made from the latent, then ATen's fused attention
 
-Per head and cached token the first costs new * (2 rank + rope) multiply-adds, the second rank * (nope + v) once
-and new * (nope + rope + v) on top; `absorbs` takes the cheaper.
+Per head and cached token the first costs new * (2 rank + rope) multiply-adds, the second rank * (nope + v)
+once and new * (nope + rope + v) on top; `absorbs` takes the cheaper.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def visible_length(mask: torch.Tensor | None, new: int, cached: int, is_causal: 
     if mask is None or cached == 0 or mask.numel() == 0:
         return cached
     rows = mask.expand(*mask.shape[:-1], cached).reshape(-1, cached)
-    seen = rows if mask.dtype == torch.bool else rows > -1e30 if mask.dtype != torch.float16 else rows > -65504
+    seen = (
+        rows if mask.dtype == torch.bool else rows > -1e30 if mask.dtype != torch.float16 else rows > -65504
+    )
     if mask.dtype != torch.bool and not bool((seen.any(-1) | (rows == float("-inf")).all(-1)).all()):
         return cached
     columns = seen.any(0).nonzero()
@@ -57,9 +59,11 @@ def absorbed(
     cached, rank = latent.shape[1:]
     q = torch.cat((torch.einsum("bhsd,hdr->bhsr", q_nope, w_uk), q_rope), -1)
     keys = torch.cat((latent, k_rope), -1)
-    scores = torch.bmm(q.reshape(batch, heads * new, -1), keys.transpose(1, 2))
+    scores = torch.bmm(q.reshape(batch, heads * new, keys.shape[-1]), keys.transpose(1, 2))
     weights = _softmax(scores.view(batch, heads, new, cached), mask, scale, is_causal)
-    out = torch.bmm(weights.to(latent.dtype).view(batch, heads * new, cached), latent).view(batch, heads, new, rank)
+    out = torch.bmm(weights.to(latent.dtype).view(batch, heads * new, cached), latent).view(
+        batch, heads, new, rank
+    )
     return torch.einsum("bhsr,hdr->bshd", out, w_uv).contiguous()
 
 
@@ -87,7 +91,7 @@ def expanded(
     scale: float,
     is_causal: bool = False,
 ) -> torch.Tensor:
-    """Keys and values made from what is visible of the latent, then fused attention, a group of heads at a time."""
+    """Keys and values made from what is visible of the latent, then fused attention, by groups of heads."""
     batch, heads, new, nope = q_nope.shape
     cached, v = latent.shape[1], w_uv.shape[1]
     length = visible_length(mask, new, cached, is_causal)
@@ -104,12 +108,16 @@ def expanded(
         group = slice(h, min(h + step, heads))
         count = group.stop - group.start
         k = torch.empty(batch, count, length, nope + rope, dtype=latent.dtype, device=latent.device)
-        k[..., :nope] = F.linear(latent, w_uk[group].flatten(0, 1)).view(batch, length, count, nope).transpose(1, 2)
+        k[..., :nope] = (
+            F.linear(latent, w_uk[group].flatten(0, 1)).view(batch, length, count, nope).transpose(1, 2)
+        )
         k[..., nope:] = k_rope.unsqueeze(1)
         # fused attention on CPU wants values as wide as keys
         wide = nope + rope if v < nope + rope else v
         values = torch.zeros(batch, count, length, wide, dtype=latent.dtype, device=latent.device)
-        values[..., :v] = F.linear(latent, w_uv[group].flatten(0, 1)).view(batch, length, count, v).transpose(1, 2)
+        values[..., :v] = (
+            F.linear(latent, w_uv[group].flatten(0, 1)).view(batch, length, count, v).transpose(1, 2)
+        )
         q = torch.cat((q_nope[:, group], q_rope[:, group]), -1)
         got = F.scaled_dot_product_attention(q, k, values, mask, scale=scale, is_causal=is_causal)
         out[:, :, group] = got[..., :v].transpose(1, 2)
