@@ -50,9 +50,7 @@ class Op:
         LIBRARY.define(self.name + self.schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(qualname, self.reference, lib=LIBRARY)
-        torch.library.register_autograd(
-            qualname, self._backward, setup_context=_save_inputs, lib=LIBRARY
-        )
+        torch.library.register_autograd(qualname, self._backward, setup_context=_save_inputs, lib=LIBRARY)
 
     @property
     def overload(self) -> torch._ops.OpOverload:
@@ -60,10 +58,15 @@ class Op:
         return getattr(torch.ops.dsopt, self.name).default
 
     def bind(self, args: tuple, kwargs: Mapping[str, Any] | None = None) -> tuple:
-        """All arguments in the schema's order, defaults filled in."""
+        """All arguments in the schema's order, defaults filled in. Raises TypeError as a Python call does."""
         kwargs = dict(kwargs or {})
         bound = list(args)
-        for argument in self.overload._schema.arguments[len(bound) :]:
+        arguments = self.overload._schema.arguments
+        if len(bound) > len(arguments):
+            raise TypeError(f"dsopt::{self.name} takes {len(arguments)} arguments, got {len(bound)}")
+        for argument in arguments[len(bound) :]:
+            if argument.name not in kwargs and not argument.has_default_value():
+                raise TypeError(f"dsopt::{self.name} needs {argument.name!r}")
             bound.append(kwargs.pop(argument.name, argument.default_value))
         if kwargs:
             raise TypeError(f"dsopt::{self.name} has no argument {', '.join(map(repr, kwargs))}")
@@ -103,13 +106,23 @@ def _save_inputs(ctx, inputs, output):
         for x in inputs
     ]
     tensors = []
+    for x in inputs:
+        if _is_mixed(x) and any(isinstance(y, torch.Tensor) and y.requires_grad for y in x):
+            # PyTorch hands no gradients to a list that holds None as well
+            raise NotImplementedError(
+                "gradients for a list of tensors need a tensor in each place, found None"
+            )
     for (kind, is_tensor, _), x in zip(spec, inputs, strict=True):
         if kind == "tensor":
             tensors.append(x)
         elif kind == "list":
             tensors += [y for y, t in zip(x, is_tensor, strict=True) if t]
     spec = [
-        (kind, flags, [None if t else y for t, y in zip(flags, value, strict=True)] if kind == "list" else value)
+        (
+            kind,
+            flags,
+            [None if t else y for t, y in zip(flags, value, strict=True)] if kind == "list" else value,
+        )
         for kind, flags, value in spec
     ]
     keep = object()
@@ -121,13 +134,20 @@ def _save_inputs(ctx, inputs, output):
             if kind == "tensor":
                 args.append(take())
             elif kind == "list":
-                args.append([take() if t else y for t, y in zip(flags, value, strict=True)])
+                items = [take() if t else y for t, y in zip(flags, value, strict=True)]
+                args.append(items if other is keep or all(flags) else other)
             else:
                 args.append(value if other is keep else other)
         return tuple(args)
 
     ctx.save_for_backward(*tensors)
     ctx.rebuild = rebuild
+
+
+def _is_mixed(x: Any) -> bool:
+    """True for a list of tensors and None."""
+    kinds = {isinstance(y, torch.Tensor) for y in x} if isinstance(x, (list, tuple)) else set()
+    return kinds == {True, False}
 
 
 def _accept(*args) -> None:
@@ -241,7 +261,9 @@ def disabled_backends() -> frozenset[str]:
     return names
 
 
-def select(op: Op, args: tuple, prefer: str | None = None, disabled: Collection[str] | None = None) -> Selection:
+def select(
+    op: Op, args: tuple, prefer: str | None = None, disabled: Collection[str] | None = None
+) -> Selection:
     """The kernel for these arguments: the preferred backend first, then by priority, the reference last.
 
     args: the op's arguments as `Op.bind` orders them, real or fake.
