@@ -1,9 +1,9 @@
 """dsopt: kernel and graph optimization for models with latent attention, experts and FP8 weights.
 
-    model.compile(backend="dsopt")      no import of dsopt needed
-    fast = dsopt.compile(model)         a shallow copy whose generate runs compiled
-    print(dsopt.report(fast))           what was fused, which kernels run, and why the rest is as it was
-    dsopt.verify(model, inputs)         the error of every rewritten site against eager
+model.compile(backend="dsopt")      no import of dsopt needed
+fast = dsopt.compile(model)         a shallow copy whose generate runs compiled
+print(dsopt.report(fast))           what was fused, which kernels run, and why the rest is as it was
+dsopt.verify(model, inputs)         the error of every rewritten site against eager
 """
 
 from pathlib import Path

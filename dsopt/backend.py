@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from dsopt.capture import capture, eager, inductor
 from dsopt.census import census
 from dsopt.lower import lower
-from dsopt.op import backends
+from dsopt.op import backends, disabled_backends
 from dsopt.ops import OPS
 from dsopt.pipeline import available_passes, dump, run_pipeline
 from dsopt.report import GRAPHS, GraphReport
@@ -60,7 +60,8 @@ class Options:
 
 def _among(kind: str, given: str, known: Sequence[str]) -> None:
     if given not in known:
-        raise ValueError(f"unknown {kind} {given!r}; known {kind}s: {', '.join(known)}")
+        plural = f"{kind}es" if kind.endswith("s") else f"{kind}s"
+        raise ValueError(f"unknown {kind} {given!r}; known {plural}: {', '.join(known)}")
 
 
 def dsopt_backend(
@@ -78,6 +79,7 @@ def dsopt_backend(
     report says why.
     """
     choices = Options.of(options)
+    disabled_backends()  # a misspelt DSOPT_DISABLE is the user's to know, not a reason to fall back
     report = GRAPHS.new()
     start = time.perf_counter()
     if (reason := _not_ours(gm, example_inputs)) is not None:
@@ -128,12 +130,17 @@ def _not_ours(gm: GraphModule, example_inputs: Sequence[Any]) -> str | None:
     """Why a graph goes to the fallback untouched, or None."""
     tensors = [x for x in example_inputs if isinstance(x, torch.Tensor)]
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        _warn_gradients()
-        return "gradients are enabled: dsopt's kernels compute forward only; use torch.inference_mode()"
+        if all(graph.fallback != _NEEDS_GRADIENTS for graph in GRAPHS.reading(tensors)):
+            _warn_gradients()
+        return _NEEDS_GRADIENTS
     return None
 
 
+_NEEDS_GRADIENTS = "gradients are enabled: dsopt's kernels compute forward only; use torch.inference_mode()"
+
+
 def _warn_gradients() -> None:
+    """Called for a model's first graph only."""
     warnings.warn(
         "dsopt: gradients are enabled, so its kernels are off and Inductor compiles this model. "
         "For inference call it under torch.inference_mode() or torch.no_grad().",
@@ -156,5 +163,7 @@ def _fall_back(
         except Exception as error:  # say, no C++ compiler on this machine: the graph itself still runs
             if choices.strict:
                 raise
-            report.fallback = f"{reason}; Inductor failed: {type(error).__name__}: {str(error).splitlines()[0]}"
+            report.fallback = (
+                f"{reason}; Inductor failed: {type(error).__name__}: {str(error).splitlines()[0]}"
+            )
     return eager(gm)

@@ -47,7 +47,9 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
         )
 
     def fake(x: Any, placeholder: Node) -> Any:
-        if not isinstance(x, torch.Tensor) or (isinstance(x, torch._subclasses.FakeTensor) and x.fake_mode is mode):
+        if not isinstance(x, torch.Tensor) or (
+            isinstance(x, torch._subclasses.FakeTensor) and x.fake_mode is mode
+        ):
             return x
         symbolic = context.tensor_to_context.get(x) if context is not None else None
         # with dynamic=True a Python float arrives as a tensor whose source says so

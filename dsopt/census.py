@@ -27,7 +27,9 @@ def census(gm: GraphModule) -> dict[str, int]:
     """Number of sites by family."""
     nodes = [n for n in gm.graph.nodes if n.op == "call_function"]
     attentions = [key for n in nodes for key in _attention_keys(n)]
-    first_gemms = [n for n in nodes if _is_expert_gemm(n) and not any(map(_is_expert_gemm, _gated_sources(n)))]
+    first_gemms = [
+        n for n in nodes if _is_expert_gemm(n) and not any(map(_is_expert_gemm, _gated_sources(n)))
+    ]
     scores = {s for n in nodes if _name(n) == "topk" for s in _router_scores(n)}
     return {
         "mla": sum(1 for key in attentions if is_expanded_latent(key)),
@@ -48,11 +50,13 @@ def _name(node: Node) -> str:
 
 
 _VIEWS = frozenset(
-    "view reshape _unsafe_view flatten unflatten permute transpose t numpy_T mT slice split split_with_sizes chunk "
-    "unbind getitem select narrow expand expand_as squeeze unsqueeze contiguous clone to type_as _to_copy detach alias "
-    "swapaxes movedim repeat_interleave repeat constant_pad_nd pad dropout".split()
+    "view reshape _unsafe_view flatten unflatten permute transpose t numpy_T mT swapaxes movedim "
+    "slice split split_with_sizes chunk unbind getitem select narrow expand expand_as squeeze unsqueeze "
+    "repeat_interleave repeat constant_pad_nd pad contiguous clone to type_as _to_copy detach alias dropout".split()
 )
-_MOVES = _VIEWS | frozenset("cat stack index_copy_ index_copy copy_ index_put_ index_put slice_scatter".split())
+_MOVES = _VIEWS | frozenset(
+    "cat stack index_copy_ index_copy copy_ index_put_ index_put slice_scatter".split()
+)
 _NORMS = frozenset("mul div rsqrt sqrt pow square mean layer_norm native_layer_norm rms_norm".split())
 _BUFFERS = frozenset("new_empty new_zeros empty zeros empty_like zeros_like".split())
 
@@ -111,7 +115,11 @@ def is_expanded_latent(key: Node) -> bool:
         operands = up.args[1] if _name(up) == "einsum" else up.args
         latent = operands[0]
         rank = latent.meta["val"].shape[-1]
-        if up.meta["val"].numel() // latent.meta["val"].shape[-2] <= rank if _is_static(up, latent) else False:
+        if (
+            up.meta["val"].numel() // latent.meta["val"].shape[-2] <= rank
+            if _is_static(up, latent)
+            else False
+        ):
             continue
         for origin in _upstream(latent, _is_move_or_norm):
             if _name(origin) in ("linear", "matmul", "mm") and _in_features(origin) > rank:
@@ -139,8 +147,10 @@ def _is_expert_gemm(node: Node) -> bool:
 
 def _gated_sources(node: Node) -> Iterator[Node]:
     pointwise = _VIEWS | set("silu sigmoid mul gelu relu index clamp add add_".split())
-    return _upstream(node.args[0], lambda n: _name(n) in pointwise) if not _name(node) == "bmm" else (
-        up for a in node.args for up in _upstream(a, lambda n: _name(n) in pointwise)
+    return (
+        _upstream(node.args[0], lambda n: _name(n) in pointwise)
+        if _name(node) != "bmm"
+        else (up for a in node.args for up in _upstream(a, lambda n: _name(n) in pointwise))
     )
 
 
@@ -159,7 +169,9 @@ def _is_norm(node: Node) -> bool:
     root = _name(node) in ("rsqrt", "sqrt") or (_name(node) == "pow" and node.args[1] in (-0.5, 0.5))
     if not root:
         return False
-    for mean in _upstream(node.args[0], lambda n: _name(n) in _VIEWS or _name(n) in ("add", "clamp", "maximum")):
+    for mean in _upstream(
+        node.args[0], lambda n: _name(n) in _VIEWS or _name(n) in ("add", "clamp", "maximum")
+    ):
         if _name(mean) == "mean":
             square = next(_upstream(mean.args[0], lambda n: _name(n) in ("to", "_to_copy")), None)
             return square is not None and _name(square) in ("pow", "square", "mul")
@@ -177,7 +189,9 @@ def _rotations(node: Node) -> Iterator[Node]:
     if _name(node) != "mul" or not all(isinstance(a, Node) for a in node.args):
         return
     value = node.meta["val"]
-    tables = [a for a in node.args if _is_table(a, ("polar", "complex", "exp") if value.is_complex() else ("cos",))]
+    tables = [
+        a for a in node.args if _is_table(a, ("polar", "complex", "exp") if value.is_complex() else ("cos",))
+    ]
     if len(tables) != 1:
         return
     if value.is_complex():
@@ -193,7 +207,8 @@ def _only_rotated(join: Node) -> bool:
     """True when a cat or stack joins exactly the two results of a rotation by pairs."""
     parts = join.args[0]
     return len(parts) == 2 and all(
-        _name(p) in ("add", "sub") and all(isinstance(a, Node) and _name(a) == "mul" for a in p.args) for p in parts
+        _name(p) in ("add", "sub") and all(isinstance(a, Node) and _name(a) == "mul" for a in p.args)
+        for p in parts
     )
 
 

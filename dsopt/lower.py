@@ -31,10 +31,14 @@ def lower(gm: GraphModule, prefer: Mapping[str, str]) -> list[KernelUse]:
         fakes = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
         choice = select(op, fakes, prefer.get(op.name), disabled)
         key = (op.name, choice.kernel.label, choice.refused)
-        use = uses.setdefault(key, KernelUse(op.name, choice.kernel.backend, choice.kernel.label, choice.refused))
+        use = uses.setdefault(
+            key, KernelUse(op.name, choice.kernel.backend, choice.kernel.label, choice.refused)
+        )
         node.target = _counted(choice.fn, use)
         node.args, node.kwargs = args, {}
-    assert guard_count(gm) == guards, "a kernel's check or plan added a shape guard; it may look at static sizes only"
+    assert guard_count(gm) == guards, (
+        "a kernel's check or plan added a shape guard; it may look at static sizes only"
+    )
     gm.recompile()
     return list(uses.values())
 

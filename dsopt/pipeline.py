@@ -68,7 +68,7 @@ def available_passes() -> list[str]:
     import dsopt.passes
 
     files = {p.stem for root in dsopt.passes.__path__ for p in Path(root).glob("*.py")} - {"__init__"}
-    return [*(p for p in PIPELINE if p in files), *sorted(files - set(PIPELINE))]
+    return [*(p for p in dict.fromkeys(PIPELINE) if p in files), *sorted(files - set(PIPELINE))]
 
 
 def dump(gm: GraphModule, name: str) -> None:

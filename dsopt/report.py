@@ -159,7 +159,9 @@ class GraphIndex:
     def find(self, model: torch.nn.Module | None) -> set[GraphReport]:
         if model is None:
             return set(self._graphs)
-        tensors = [*model.parameters(), *model.buffers()]
+        return self.reading([*model.parameters(), *model.buffers()])
+
+    def reading(self, tensors: Iterable[torch.Tensor]) -> set[GraphReport]:
         return {g for t in tensors if (readers := self._by_tensor.get(t)) is not None for g in readers}
 
 

@@ -256,7 +256,9 @@ def sub(a: Pattern, b: Pattern) -> Pattern:
     return Call((aten.sub.Tensor,), (a, b))
 
 
-def best_match(pattern: Pattern, node: Node, good: Callable[[Bindings], bool] = lambda found: True) -> Bindings | None:
+def best_match(
+    pattern: Pattern, node: Node, good: Callable[[Bindings], bool] = lambda found: True
+) -> Bindings | None:
     """The first way the pattern fits that is also `good`; else the first way, to say why not; else None."""
     ways = list(pattern.match(node, {}))
     return next((w for w in ways if good(w)), ways[0] if ways else None)

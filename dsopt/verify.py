@@ -84,7 +84,11 @@ _CURRENT: contextvars.ContextVar[tuple[Verification, float | None]] = contextvar
 
 
 def verify(
-    model: torch.nn.Module, inputs: Any, *, tolerance: float | None = None, options: Mapping[str, Any] | None = None
+    model: torch.nn.Module,
+    inputs: Any,
+    *,
+    tolerance: float | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Verification:
     """Runs a model once through dsopt and through eager, and compares at every rewritten site.
 
@@ -106,7 +110,9 @@ def verify(
     finally:
         _CURRENT.reset(token)
     if not result.sites:
-        raise ValueError("dsopt rewrote nothing in this model, so there is nothing to verify; see dsopt.report")
+        raise ValueError(
+            "dsopt rewrote nothing in this model, so there is nothing to verify; see dsopt.report"
+        )
     if not all(s.ok for s in result.sites):
         raise VerifyError(result)
     return result
@@ -154,8 +160,10 @@ class _Comparing:
 
 def _is_written(gm: GraphModule, placeholder: Node) -> bool:
     """Conservative: any write in the graph may reach it through views."""
-    return any(written(n) for n in gm.graph.nodes) and isinstance(placeholder.meta.get("val"), torch.Tensor) and (
-        not isinstance(placeholder.meta["val"], torch.nn.Parameter)
+    return (
+        any(written(n) for n in gm.graph.nodes)
+        and isinstance(placeholder.meta.get("val"), torch.Tensor)
+        and (not isinstance(placeholder.meta["val"], torch.nn.Parameter))
     )
 
 
@@ -185,7 +193,9 @@ class _Keep(Interpreter):
 class _Compare(Interpreter):
     """Runs a rewritten graph; where a kernel's value has an eager counterpart, compares and goes on with eager's."""
 
-    def __init__(self, gm: GraphModule, expected: Mapping[str, torch.Tensor], result: Verification, tolerance):
+    def __init__(
+        self, gm: GraphModule, expected: Mapping[str, torch.Tensor], result: Verification, tolerance
+    ):
         super().__init__(gm)
         self.expected, self.result, self.tolerance = expected, result, tolerance
 

@@ -94,7 +94,11 @@ def _split_keys(k: Node) -> tuple[HeadMap, Node, bool] | str:
 
 def _head_mask(mask: Node | None) -> Node | None:
     """The mask before it was repeated for every head."""
-    while mask is not None and is_op(mask, aten.expand.default) and val(mask).ndim == val(mask.args[0]).ndim == 4:
+    while (
+        mask is not None
+        and is_op(mask, aten.expand.default)
+        and val(mask).ndim == val(mask.args[0]).ndim == 4
+    ):
         source = mask.args[0]
         if known(shape(mask)[1] == 1) or not known(shape(source)[1] == 1):
             break

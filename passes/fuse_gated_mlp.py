@@ -22,7 +22,6 @@ from dsopt.rewrite import (
     is_tensor,
     mul,
     other_reader,
-    precedes,
     replace,
     shape,
     val,

@@ -6,4 +6,6 @@ from dsopt.ops.linear import gated_mlp, multi_linear
 from dsopt.ops.norm import add_rms_norm, rms_norm
 from dsopt.ops.rope import rope
 
-OPS: dict[str, Op] = {op.name: op for op in (rms_norm, add_rms_norm, rope, multi_linear, gated_mlp, mla_attention)}
+OPS: dict[str, Op] = {
+    op.name: op for op in (rms_norm, add_rms_norm, rope, multi_linear, gated_mlp, mla_attention)
+}

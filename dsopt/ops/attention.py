@@ -75,7 +75,9 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple]:
     padded[1, :, :, :9] = False
     padded[1, :, 0] = False
     yield (*case(2, 5, 3, 80, seed=1), padded, scale)
-    additive = torch.zeros(padded.shape, dtype=dtype, device=device).masked_fill(~padded, torch.finfo(dtype).min)
+    additive = torch.zeros(padded.shape, dtype=dtype, device=device).masked_fill(
+        ~padded, torch.finfo(dtype).min
+    )
     yield (*case(2, 5, 3, 80, seed=2), additive, scale)
     yield (*case(1, 2, 40, 40), causal[:1, :40].expand(40, 40).tril()[None, None], scale)
     # wide heads as in V2-Lite, odd ranks, non-contiguous cache, nothing to attend to, no tokens

@@ -45,7 +45,12 @@ def _multi_linear_samples(device: torch.device, dtype: torch.dtype) -> Iterator[
     def w(n, k):
         return r(n, k) * k**-0.5
 
-    for shape, widths in (((1, 1, 64), (48, 48)), ((2, 3, 33), (7, 1, 50)), ((5, 128), (16,)), ((0, 16), (8, 8))):
+    for shape, widths in (
+        ((1, 1, 64), (48, 48)),
+        ((2, 3, 33), (7, 1, 50)),
+        ((5, 128), (16,)),
+        ((0, 16), (8, 8)),
+    ):
         k = shape[-1]
         yield r(*shape), [w(n, k) for n in widths], [None] * len(widths)
         yield r(*shape), [w(n, k) for n in widths], [None, *(r(n) for n in widths[1:])]
@@ -54,7 +59,12 @@ def _multi_linear_samples(device: torch.device, dtype: torch.dtype) -> Iterator[
 
 def _gated_mlp_samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple]:
     r = rand(device, dtype)
-    for shape, inner, out in (((1, 1, 64), 96, 64), ((2, 3, 33), 17, 5), ((300, 16), 40, 16), ((0, 16), 8, 16)):
+    for shape, inner, out in (
+        ((1, 1, 64), 96, 64),
+        ((2, 3, 33), 17, 5),
+        ((300, 16), 40, 16),
+        ((0, 16), 8, 16),
+    ):
         k = shape[-1]
         w = (r(inner, k) * k**-0.5, r(inner, k) * k**-0.5, r(out, inner) * inner**-0.5)
         yield (r(*shape), *w)

@@ -34,7 +34,9 @@ def add_rms_norm_reference(
     return rms_norm_reference(total, weight, eps), total
 
 
-def _inputs(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, float]]:
+def _inputs(
+    device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, float]]:
     r = rand(device, dtype)
     for shape in ((1, 1, 2048), (2, 3, 80), (7, 1), (5, 4001), (4, 17), (0, 64), (3, 0, 8)):
         yield r(*shape), r(shape[-1]), 1e-6

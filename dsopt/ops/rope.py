@@ -41,7 +41,13 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple]:
         return angle.cos(), angle.sin()
 
     for layout in ((False, False), (True, False), (True, True)):
-        for batch, heads, tokens, dim in ((1, 5, 1, 64), (2, 3, 7, 16), (1, 1, 4, 2), (2, 4, 0, 8), (0, 4, 3, 8)):
+        for batch, heads, tokens, dim in (
+            (1, 5, 1, 64),
+            (2, 3, 7, 16),
+            (1, 1, 4, 2),
+            (2, 4, 0, 8),
+            (0, 4, 3, 8),
+        ):
             for width in (dim, dim // 2):
                 cos, sin = table(1, 1, tokens, width)
                 x = r(batch, tokens, heads, dim + 3)[..., 3:].transpose(1, 2)

@@ -98,7 +98,12 @@ def test_transformers_own_compilation_is_ours():
     config = dsopt.prepare.compile_config()
     assert isinstance(config, CompileConfig)
     config._compile_all_devices = True
-    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "cache_implementation": "static"}
+    options = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "eos_token_id": None,
+        "cache_implementation": "static",
+    }
     want = model.generate(prompt(6), disable_compile=True, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

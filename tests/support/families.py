@@ -114,7 +114,7 @@ FAMILIES: dict[str, tuple[dict, dict[str, int]]] = {
 def build(family: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa", **overrides):
     """The family's model with random weights large enough that every part of it moves the logits."""
     arguments = {**FAMILIES[family][0], **overrides}
-    config = AutoConfig.for_model(**{k: v for k, v in arguments.items()})
+    config = AutoConfig.for_model(**arguments)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
     with torch.no_grad():
