@@ -46,7 +46,7 @@ class Options:
 
     @classmethod
     def of(cls, options: Mapping[str, Any] | None) -> Options:
-        """Options from a plain mapping. Raises ValueError naming the known options, ops, backends or passes."""
+        """Options from a plain mapping. Raises ValueError naming what is known in place of what is not."""
         known = [f.name for f in dataclasses.fields(cls)]
         for name in options or {}:
             _among("option", name, known)

@@ -27,8 +27,8 @@ PIPELINE = (
 def run_pipeline(gm: GraphModule, passes: Sequence[str] | None = None, name: str = "graph") -> list[Log]:
     """Runs passes over a captured graph in place and says what each did.
 
-    passes: names of modules in `dsopt.passes`, in order; PIPELINE by default. Raises ValueError for an unknown
-    name, before the graph is changed, and EffectError if a pass moved a read across a write.
+    passes: names of modules in `dsopt.passes`, in order; PIPELINE by default. Raises ValueError for an
+    unknown name, before the graph is changed, and EffectError if a pass moved a read across a write.
 
     DSOPT_DUMP=dir writes the graph before the first and after each pass to `dir/<name>.<step>.<pass>.txt`.
     DSOPT_FUEL=n stops after n rewrites, to find the one that is wrong by bisection.

@@ -48,7 +48,7 @@ class GraphReport:
     fallback: str | None = None
 
     def matched(self) -> dict[str, tuple[int, int]]:
-        """(matched, total) by family. What a pass matched is a site even where the census knows no such table."""
+        """(matched, total) by family. What a pass matched is a site even where the census saw none."""
         hits = {f: sum(log.families.get(f, 0) for log in self.passes) for f in FAMILIES}
         return {f: (hits[f], max(hits[f], self.totals.get(f, 0))) for f in FAMILIES}
 
@@ -81,7 +81,7 @@ class Report:
 
     @property
     def matched(self) -> dict[str, list[int]]:
-        """Family -> [matched, total], summed over graphs: a model compiled to two graphs counts each site twice."""
+        """Family -> [matched, total], summed over graphs: a site in two graphs counts twice."""
         sums = {f: [0, 0] for f in FAMILIES}
         for graph in self.graphs:
             for family, counts in graph.matched().items():

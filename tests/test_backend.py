@@ -1,0 +1,280 @@
+"""torch.compile(model, backend="dsopt") as a user meets it, bad input included."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import dsopt
+from dsopt.backend import dsopt_backend
+from dsopt.testing import relative_l2
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+class Tiny(nn.Module):
+    """An embedding tied to the head, a norm, a gated MLP."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.embed = nn.Embedding(11, 16)
+        self.weight = nn.Parameter(torch.rand(16) + 0.5)
+        self.gate, self.up, self.down = (
+            nn.Linear(a, b, bias=False) for a, b in ((16, 24), (16, 24), (24, 16))
+        )
+        self.head = nn.Linear(16, 11, bias=False)
+        self.head.weight = self.embed.weight
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, ids):
+        hidden = self.embed(ids)
+        wide = hidden.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        normed = self.weight * wide.to(hidden.dtype)
+        hidden = hidden + self.dropout(self.down(F.silu(self.gate(normed)) * self.up(normed)))
+        return self.head(hidden)
+
+
+IDS = torch.arange(8).view(2, 4)
+EAGER = {"fallback": "eager"}
+
+
+def compiled(model, **options):
+    return torch.compile(model, backend=dsopt_backend, options=EAGER | {"strict": True} | options)
+
+
+def ops(model) -> list[str]:
+    return sorted(k.op for graph in dsopt.report(model).graphs for k in graph.kernels)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kernel": {}}, "unknown option 'kernel'; known options: kernels, passes, fallback, strict"),
+        ({"kernels": {"rms": "torch"}}, "unknown op 'rms'; known ops: rms_norm, add_rms_norm, rope"),
+        ({"kernels": {"rms_norm": "gpux"}}, "unknown backend 'gpux'; known backends: cpu, torch, reference"),
+        ({"passes": ["canonicalize", "fuse"]}, "unknown pass 'fuse'; known passes: canonicalize"),
+        ({"fallback": "jit"}, "unknown fallback 'jit'; known fallbacks: inductor, eager"),
+    ],
+)
+def test_unknown_names_list_the_known(options, message):
+    model = Tiny()
+    with pytest.raises(ValueError, match=message):
+        dsopt.compile(model, **options)
+    assert model._compiled_call_impl is None
+    with torch.no_grad(), pytest.raises(Exception, match=message):
+        torch.compile(model, backend=dsopt_backend, options=options)(IDS)
+
+
+def test_disabling_an_unknown_backend_raises(monkeypatch):
+    monkeypatch.setenv("DSOPT_DISABLE", "gpux")
+    with torch.no_grad(), pytest.raises(Exception, match="known backends"):
+        torch.compile(Tiny(), backend=dsopt_backend)(IDS)
+
+
+def test_compile_refuses_what_is_no_module():
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got function"):
+        dsopt.compile(lambda x: x)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
+def test_modes_are_accepted(mode):
+    model = Tiny()
+    with torch.inference_mode():
+        assert relative_l2(torch.compile(model, backend=dsopt_backend, mode=mode)(IDS), model(IDS)) < 1e-5
+    assert ops(model) == ["gated_mlp", "rms_norm"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_every_float_dtype(dtype):
+    model = Tiny().to(dtype)
+    with torch.no_grad():
+        got = compiled(model)(IDS)
+        assert got.dtype == dtype
+        assert relative_l2(got, model.double()(IDS)) < {torch.float32: 1e-5, torch.float64: 1e-6}.get(
+            dtype, 2e-2
+        )
+    assert ops(model) == ["gated_mlp", "rms_norm"]
+
+
+def test_gradients_go_to_inductor_with_one_warning():
+    model = Tiny()
+    fast = torch.compile(model, backend=dsopt_backend)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fast(IDS).square().sum().backward()
+        fast(IDS[:1])
+    ours = [str(w.message) for w in caught if "dsopt" in str(w.message)]
+    assert len(ours) == 1 and "torch.inference_mode()" in ours[0]
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model(IDS).square().sum().backward()
+    for name, p in model.named_parameters():
+        assert relative_l2(grads[name], p.grad) < 1e-5
+    assert all("gradients are enabled" in reason for reason in dsopt.report(model).fallbacks)
+    assert dsopt.report(model).fallbacks and ops(model) == []
+
+
+def test_grad_mode_without_anything_that_needs_gradients():
+    model = Tiny().requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = compiled(model)(IDS)
+    assert relative_l2(got, model(IDS)) < 1e-5 and ops(model) == ["gated_mlp", "rms_norm"]
+
+
+def test_training_mode_under_no_grad():
+    model = Tiny(dropout=0.5).train()
+    fast = compiled(model)
+    with torch.no_grad():
+        for seed in range(3):
+            torch.manual_seed(seed)
+            got = fast(IDS)
+            torch.manual_seed(seed)
+            assert relative_l2(got, model(IDS)) < 1e-5
+        model.eval()
+        assert relative_l2(fast(IDS), model(IDS)) < 1e-5
+
+
+def test_nothing_to_fuse_goes_to_inductor():
+    model = nn.Linear(3, 2)
+    x = torch.randn(4, 3)
+    with torch.no_grad():
+        assert relative_l2(torch.compile(model, backend=dsopt_backend)(x), model(x)) < 1e-6
+    (reason,) = dsopt.report(model).fallbacks
+    assert reason.endswith("nothing to fuse")
+
+
+def test_integers_only():
+    def fn(ids):
+        return ids * 2 + ids.cumsum(-1), ids > 3
+
+    got = compiled(fn)(IDS)
+    assert all(torch.equal(a, b) for a, b in zip(got, fn(IDS), strict=True))
+
+
+def test_no_tokens():
+    model = Tiny()
+    fast = compiled(model)
+    with torch.no_grad():
+        for shape in ((2, 0), (0, 3), (1, 1), (2, 5), (3, 7)):
+            ids = torch.ones(shape, dtype=torch.long)
+            got = fast(ids)
+            assert got.shape == (*shape, 11)
+            assert relative_l2(got, model(ids)) < 1e-5
+
+
+@pytest.mark.parametrize("change", ["in place", "data", "load_state_dict", "tied", "replaced"])
+def test_changed_weights_show(change):
+    model, other = Tiny(), Tiny()
+    fast = compiled(model)
+    with torch.no_grad():
+        before = fast(IDS)
+        if change == "in place":
+            model.gate.weight.mul_(-3)
+            model.weight.add_(1)
+        elif change == "data":
+            model.down.weight.data = torch.randn(16, 24)
+            model.weight.data.copy_(torch.rand(16))
+        elif change == "load_state_dict":
+            model.load_state_dict(other.state_dict())
+        elif change == "tied":
+            model.embed.weight.mul_(2)
+            model.head.weight[0] = 1
+        else:
+            model.up = other.up
+        after = fast(IDS)
+        assert relative_l2(after, model(IDS)) < 1e-5 < relative_l2(after, before)
+
+
+def test_strict_raises_where_otherwise_the_fallback_answers(monkeypatch):
+    def fails(gm, log):
+        raise RuntimeError("a pass that fails")
+
+    monkeypatch.setattr("dsopt.passes.fuse_gated_mlp.run", fails)
+    model = Tiny()
+    with torch.no_grad():
+        with pytest.raises(Exception, match="a pass that fails"):
+            compiled(model)(IDS)
+        torch._dynamo.reset()
+        got = torch.compile(model, backend=dsopt_backend, options=EAGER)(IDS)
+        assert relative_l2(got, model(IDS)) < 1e-6
+    report = dsopt.report(model)
+    assert report.fallbacks[-1].endswith("RuntimeError: a pass that fails")
+    assert ops(model) == [] and all(hits == 0 for hits, _ in report.matched.values())
+
+
+def test_kernels_can_be_chosen():
+    model = Tiny()
+    with torch.no_grad():
+        for choice in ({"rms_norm": "torch"}, {"*": "reference"}, {"*": "reference", "gated_mlp": "torch"}):
+            torch._dynamo.reset()
+            assert relative_l2(compiled(model, kernels=choice)(IDS), model(IDS)) < 1e-5
+            used = {k.op: k.backend for k in dsopt.report(model).graphs[-1].kernels}
+            for op in ("rms_norm", "gated_mlp"):
+                assert used[op] == choice.get(op, choice.get("*", used[op]))
+
+
+def test_every_backend_disabled(monkeypatch):
+    monkeypatch.setenv("DSOPT_DISABLE", "cpu,torch")
+    model = Tiny()
+    with torch.no_grad():
+        assert relative_l2(compiled(model)(IDS), model(IDS)) < 1e-5
+    (graph,) = dsopt.report(model).graphs
+    assert {k.backend for k in graph.kernels} == {"reference"}
+    assert all(r.reason == "disabled by DSOPT_DISABLE" for k in graph.kernels for r in k.refused)
+
+
+def test_fuel_stops_the_rewrites(monkeypatch):
+    model = Tiny()
+    done = []
+    for fuel in (0, 1, 3, 5, 1000):
+        monkeypatch.setenv("DSOPT_FUEL", str(fuel))
+        torch._dynamo.reset()
+        with torch.no_grad():
+            assert relative_l2(compiled(model)(IDS), model(IDS)) < 1e-5
+        newest = max(dsopt.report(model).graphs, key=lambda g: int(g.name.removeprefix("graph")))
+        done.append(sum(p.rewrites for p in newest.passes))
+    assert done[:3] == [0, 1, 3] and done == sorted(done) and done[-1] < 1000
+
+
+def test_dump_writes_the_graph_after_each_pass(monkeypatch, tmp_path):
+    monkeypatch.setenv("DSOPT_DUMP", str(tmp_path / "graphs"))
+    model = Tiny()
+    with torch.no_grad():
+        compiled(model, passes=["canonicalize", "fuse_rms_norm"])(IDS)
+    (graph,) = dsopt.report(model).graphs
+    names = ["0.captured", "1.canonicalize", "2.fuse_rms_norm", "lowered"]
+    texts = [(tmp_path / "graphs" / f"{graph.name}.{name}.txt").read_text() for name in names]
+    assert len(list((tmp_path / "graphs").iterdir())) == len(names)
+    assert "aten.rsqrt" in texts[1] and "dsopt.rms_norm" in texts[2] and "rms_norm(" in texts[3]
+
+
+def test_chosen_passes_run_alone():
+    model = Tiny()
+    with torch.no_grad():
+        assert relative_l2(compiled(model, passes=["canonicalize", "fuse_rms_norm"])(IDS), model(IDS)) < 1e-5
+    (graph,) = dsopt.report(model).graphs
+    assert [p.name for p in graph.passes] == ["canonicalize", "fuse_rms_norm"]
+    assert ops(model) == ["rms_norm"]
+
+
+def test_entry_point_in_a_fresh_process(tmp_path):
+    code = """
+import sys, torch
+assert "dsopt" not in sys.modules
+model = torch.nn.Linear(3, 2)
+fast = torch.compile(model, backend="dsopt", options={"fallback": "eager"})
+x = torch.ones(1, 3)
+with torch.no_grad():
+    assert torch.equal(fast(x), model(x))
+assert "dsopt" in sys.modules and "kernels" not in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
