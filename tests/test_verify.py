@@ -1,0 +1,112 @@
+"""dsopt.verify: the error of every rewritten site, on the user's own inputs."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import dsopt
+from dsopt.op import Kernel, kernels
+from dsopt.ops.norm import rms_norm
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+
+class Model(nn.Module):
+    """A norm, a latent attention over a cache written in place, a residual norm, a gated MLP."""
+
+    def __init__(self, heads=3):
+        super().__init__()
+        self.heads = heads
+        self.norm, self.post = nn.RMSNorm(16, eps=1e-6), nn.RMSNorm(16, eps=1e-6)
+        self.q, self.kv_a = nn.Linear(16, heads * 12, bias=False), nn.Linear(16, 16, bias=False)
+        self.kv_b, self.out = nn.Linear(12, heads * 14, bias=False), nn.Linear(heads * 6, 16, bias=False)
+        self.gate, self.up, self.down = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x, cache=None, position=None):
+        h = self.norm(x)
+        q = self.q(h).view(*x.shape[:2], self.heads, 12).transpose(1, 2)
+        both = self.kv_a(h)
+        if cache is not None:
+            both = cache.index_copy_(1, position, both)
+        c, k_rope = both.split([12, 4], -1)
+        k, v = self.kv_b(c).view(*both.shape[:2], self.heads, 14).transpose(1, 2).split([8, 6], -1)
+        k = torch.cat((k, k_rope[:, None].expand(-1, self.heads, -1, -1)), -1)
+        h = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        normed = self.post(h)
+        return h + self.down(F.silu(self.gate(normed)) * self.up(normed))
+
+
+X = torch.randn(2, 3, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_site_of_a_good_model(dtype):
+    result = dsopt.verify(Model().to(dtype), X.to(dtype))
+    ran = [s.kernel.partition("_")[2] for s in result.sites]
+    assert {"rms_norm", "mla_attention", "gated_mlp", "add_rms_norm"} <= set(ran)
+    assert all(s.ok for s in result.sites) and result.worst == max(s.error for s in result.sites)
+    assert result.worst < {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    assert [
+        s for s in result.to_dict()["sites"] if list(s) != ["site", "kernel", "error", "tolerance", "ok"]
+    ] == []
+    assert "site by site" in str(result)
+
+
+def test_inputs_of_every_kind():
+    model = Model()
+    for inputs in (X, [X], (X,), {"x": X}):
+        assert dsopt.verify(model, inputs).sites
+    with pytest.raises(TypeError, match="inputs must be a mapping, a sequence or a tensor, got int"):
+        dsopt.verify(model, 3)
+
+
+def test_caches_do_not_advance():
+    model, cache, position = Model(), torch.randn(2, 7, 16), torch.tensor([2, 3, 4])
+    before = cache.clone()
+    result = dsopt.verify(model, {"x": X, "cache": cache, "position": position})
+    assert result.worst < 1e-5 and torch.equal(cache, before)
+    # the second call meets a graph that is there already
+    assert dsopt.verify(model, (X, cache, position)).worst < 1e-5 and torch.equal(cache, before)
+
+
+@pytest.fixture
+def wrong_norm(monkeypatch):
+    """A kernel of rms_norm that is off by two percent."""
+    kernel = Kernel("rms_norm", "wrong", lambda *_: lambda x, w, eps: rms_norm.reference(x, w, eps) * 1.02)
+    monkeypatch.setattr("dsopt.op.kernels", lambda op: ((kernel,), ()) if op == "rms_norm" else kernels(op))
+
+
+def test_a_wrong_kernel_is_named(wrong_norm):
+    with pytest.raises(
+        dsopt.VerifyError, match=r"norm \(wrong_rms_norm\): error 2\.00e-02 > 1e-04"
+    ) as caught:
+        dsopt.verify(Model(), X)
+    bad = [s for s in caught.value.result.sites if not s.ok]
+    assert [s.site for s in bad] == ["norm"]
+    assert len(caught.value.result.sites) > len(bad), "errors before a site are not counted against it"
+
+
+def test_tolerance_can_be_given(wrong_norm):
+    assert dsopt.verify(Model(), X, tolerance=0.1).worst == pytest.approx(0.02, rel=1e-3)
+    with pytest.raises(dsopt.VerifyError):
+        dsopt.verify(Model(), X, tolerance=0.01)
+
+
+def test_options_are_the_backends():
+    model = Model()
+    with pytest.raises(ValueError, match="unknown backend 'gpux'"):
+        dsopt.verify(model, X, options={"kernels": {"rms_norm": "gpux"}})
+    result = dsopt.verify(model, X, options={"kernels": {"*": "reference"}})
+    assert all(s.kernel.startswith("reference_") for s in result.sites)
+
+
+def test_nothing_rewritten():
+    with pytest.raises(ValueError, match="dsopt rewrote nothing"):
+        dsopt.verify(nn.Linear(3, 2), torch.ones(1, 3))
+
+
+def test_the_model_stays_as_it_is():
+    model = Model()
+    dsopt.verify(model, X)
+    assert model._compiled_call_impl is None and dsopt.report(model).graphs == []
