@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 import dsopt.kernels
+from dsopt import autograd
 
 LIBRARY = torch.library.Library("dsopt", "DEF")
 ENTRY_POINT_GROUP = "dsopt.kernels"
@@ -50,10 +51,10 @@ class Op:
         LIBRARY.define(self.name + self.schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(qualname, self.reference, lib=LIBRARY)
-        torch.library.register_autograd(qualname, self._backward, setup_context=_save_inputs, lib=LIBRARY)
+        autograd.register(qualname, lambda *args: self.reference(*self.bind(args)), LIBRARY)
 
     @property
-    def overload(self) -> torch._ops.OpOverload:
+    def overload(self) -> Callable[..., Any]:
         """The callable that stands in graphs: `torch.ops.dsopt.<name>.default`."""
         return getattr(torch.ops.dsopt, self.name).default
 
@@ -75,79 +76,6 @@ class Op:
     def _run(self, *args, **kwargs):
         bound = self.bind(args, kwargs)
         return select(self, bound).fn(*bound)
-
-    def _backward(self, ctx, *grads):
-        # recomputes through the reference: training speed is not what these ops are for, right gradients are
-        leaves = [x.detach().requires_grad_(x.requires_grad) for x in ctx.saved_tensors]
-        tensors = iter(leaves)
-        args = ctx.rebuild(lambda: next(tensors))
-        with torch.enable_grad():
-            out = self.reference(*self.bind(args))
-        outs = tuple(out) if isinstance(out, (tuple, list)) else (out,)
-        flat = grads[0] if len(grads) == 1 and isinstance(grads[0], (tuple, list)) else grads
-        pairs = [(o, g) for o, g in zip(outs, flat, strict=True) if g is not None and o.requires_grad]
-        wanted = [x for x in leaves if x.requires_grad]
-        found = iter(
-            torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
-            if pairs and wanted
-            else [None] * len(wanted)
-        )
-        by_leaf = iter([next(found) if x.requires_grad else None for x in leaves])
-        return ctx.rebuild(lambda: next(by_leaf), other=None)
-
-
-def _save_inputs(ctx, inputs, output):
-    spec = [
-        ("list", [isinstance(y, torch.Tensor) for y in x], list(x))
-        if isinstance(x, (list, tuple)) and any(isinstance(y, torch.Tensor) for y in x)
-        else ("tensor", None, None)
-        if isinstance(x, torch.Tensor)
-        else ("plain", None, x)
-        for x in inputs
-    ]
-    tensors = []
-    for x in inputs:
-        if _is_mixed(x) and any(isinstance(y, torch.Tensor) and y.requires_grad for y in x):
-            # PyTorch hands no gradients to a list that holds None as well
-            raise NotImplementedError(
-                "gradients for a list of tensors need a tensor in each place, found None"
-            )
-    for (kind, is_tensor, _), x in zip(spec, inputs, strict=True):
-        if kind == "tensor":
-            tensors.append(x)
-        elif kind == "list":
-            tensors += [y for y, t in zip(x, is_tensor, strict=True) if t]
-    spec = [
-        (
-            kind,
-            flags,
-            [None if t else y for t, y in zip(flags, value, strict=True)] if kind == "list" else value,
-        )
-        for kind, flags, value in spec
-    ]
-    keep = object()
-
-    def rebuild(take: Callable[[], Any], other: Any = keep) -> tuple:
-        """The argument tuple with `take()` in each tensor's place, and `other` (or the value) elsewhere."""
-        args = []
-        for kind, flags, value in spec:
-            if kind == "tensor":
-                args.append(take())
-            elif kind == "list":
-                items = [take() if t else y for t, y in zip(flags, value, strict=True)]
-                args.append(items if other is keep or all(flags) else other)
-            else:
-                args.append(value if other is keep else other)
-        return tuple(args)
-
-    ctx.save_for_backward(*tensors)
-    ctx.rebuild = rebuild
-
-
-def _is_mixed(x: Any) -> bool:
-    """True for a list of tensors and None."""
-    kinds = {isinstance(y, torch.Tensor) for y in x} if isinstance(x, (list, tuple)) else set()
-    return kinds == {True, False}
 
 
 def _accept(*args) -> None:
@@ -255,6 +183,8 @@ def disabled_backends() -> frozenset[str]:
     Raises ValueError for a name that is no backend.
     """
     names = frozenset(filter(None, os.environ.get("DSOPT_DISABLE", "").split(",")))
+    if not names:
+        return names
     known = set(backends()) - {REFERENCE}
     if unknown := names - known:
         raise ValueError(f"DSOPT_DISABLE names {sorted(unknown)}; known backends: {sorted(known)}")
@@ -279,10 +209,21 @@ def select(
         for kernel in candidates:
             reason = "disabled by DSOPT_DISABLE" if kernel.backend in disabled else kernel.refuses(args)
             if reason is None:
-                return Selection(kernel, kernel.plan(*args), tuple(refused))
+                passed = [k for k in candidates if k.priority > kernel.priority and k.backend != prefer]
+                refused += [
+                    Refusal(k.label, f"passed over: options ask for {prefer}") for k in passed if prefer
+                ]
+                return Selection(kernel, kernel.plan(*args), _once_each(refused))
             refused.append(Refusal(kernel.label, reason))
+    elif candidates:
+        refused += [Refusal(k.label, f"passed over: options ask for {prefer}") for k in candidates]
     reference = Kernel(op.name, REFERENCE, plan=lambda *_: op.reference)
     return Selection(reference, op.reference, tuple(refused))
+
+
+def _once_each(refused: list[Refusal]) -> tuple[Refusal, ...]:
+    """The first refusal of each kernel."""
+    return tuple({r.kernel: r for r in reversed(refused)}.values())[::-1]
 
 
 def explain(op: Op, *args) -> list[tuple[str, str]]:

@@ -63,7 +63,7 @@ class Rewritten:
     def ops(self) -> list[str]:
         """The calls of the newest graph in order, such as `aten.linear`; arithmetic on sizes is left out."""
         targets = [n.target for n in self.graphs[-1].graph.nodes if n.op == "call_function"]
-        return [f"{t.namespace}.{t._opname}" for t in targets if isinstance(t, torch._ops.OpOverload)]
+        return [str(t.overloadpacket) for t in targets if hasattr(t, "overloadpacket")]
 
     def count(self, op: str) -> int:
         return self.ops().count(op)

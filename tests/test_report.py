@@ -94,13 +94,14 @@ def test_the_dict_has_the_documented_keys():
         assert list(one) == ["name", "rewrites", "misses"]
         assert all(list(miss) == ["site", "reason"] for miss in one["misses"])
     (kernel,) = graph["kernels"]
+    (refusal,) = kernel.pop("refused")
+    assert refusal["kernel"] == "cpu.rms_norm" and "options ask for torch" in refusal["reason"]
     assert kernel == {
         "op": "rms_norm",
         "sites": 2,
         "calls": 2,
         "backend": "torch",
         "kernel": "torch.rms_norm",
-        "refused": [],
     }
     assert result["matched"] == {f: [2, 2] if f == "norm" else [0, 0] for f in FAMILIES}
     assert result["fallbacks"] == []
