@@ -343,19 +343,6 @@ def test_dropout():
     assert "dropout" in result.log("absorb_mla").misses[0]["reason"]
 
 
-def test_heads_that_overlap():
-    model = MLA()
-
-    def overlapping(parts, x):
-        rows = model.kv_b.weight.as_strided((3, VALUE, RANK), (RANK, RANK, 1))
-        c = model.kv_a(x)[..., :RANK]
-        return {"v": F.linear(c, rows.reshape(-1, RANK)).view(2, 3, 3, VALUE).transpose(1, 2)}
-
-    fn = with_parts(model, overlapping)
-    result = rewritten(fn, X, passes=PASSES)
-    assert relative_l2(result.run(X), fn(X)) < 1e-5
-
-
 def test_tokens_and_heads_exchanged():
     """With as many tokens as heads, an attention over heads has the same sizes as one over tokens."""
     model = MLA()
