@@ -17,6 +17,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.dsopt-installed
 TORCH := torch==2.13.0
 ARGS ?=
+# two workers of one thread each: most of a test is tracing, which knows one thread
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal
 SOURCES := pyproject.toml setup.py $(sort $(shell find csrc -type f 2>/dev/null))
 
 help:
@@ -28,10 +30,10 @@ demo: $(STAMP)
 	@$(BIN)/dsopt demo $(ARGS)
 
 test: $(STAMP)
-	@$(BIN)/pytest -q $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-all: $(STAMP)
-	@$(BIN)/pytest -q -m "slow or not slow" $(ARGS)
+	@$(PYTEST) -m "slow or not slow" $(ARGS)
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

@@ -17,7 +17,7 @@ def lower(gm: GraphModule, prefer: Mapping[str, str]) -> list[KernelUse]:
     """Chooses a kernel for every op of the graph, once, and puts its planned callable in the op's place.
 
     prefer: op name -> backend to try first. Returns one record per op and kernel, whose `calls` counts as the
-    graph runs. Raises AssertionError if a check or plan looked at a size that is not static.
+    graph runs. Raises RuntimeError if a check or plan looked at a size that is not static.
     """
     guards = guard_count(gm)
     by_overload = {op.overload: op for op in OPS.values()}
@@ -36,9 +36,8 @@ def lower(gm: GraphModule, prefer: Mapping[str, str]) -> list[KernelUse]:
         )
         node.target = _counted(choice.fn, use)
         node.args, node.kwargs = args, {}
-    assert guard_count(gm) == guards, (
-        "a kernel's check or plan added a shape guard; it may look at static sizes only"
-    )
+    if guard_count(gm) != guards:
+        raise RuntimeError("a kernel's check or plan added a shape guard; it may look at static sizes only")
     gm.recompile()
     return list(uses.values())
 

@@ -122,7 +122,8 @@ def test_without_cache(family):
 
 @pytest.mark.parametrize("family", ["v2", slow("v3"), "llama"])
 def test_eager_attention_is_canonicalized(family):
-    _, report = check(family, torch.float32, "none", ["padded"], attention="eager")
+    # no padding: transformers' eager attention makes NaN of float64 rows that see nothing
+    _, report = check(family, torch.float32, "none", ["plain"], attention="eager")
     assert_all_matched(report, family)
     for graph in report.graphs:
         (rewrites,) = (p.rewrites for p in graph.passes if p.name == "canonicalize_attention")

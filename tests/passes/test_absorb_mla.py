@@ -152,7 +152,7 @@ def test_exported_graphs(expand):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(
     ("cache", "rope_first", "four_d"),
-    itertools.product(("none", "cat", "static"), (False, True), (False, True)),
+    list(itertools.product(("none", "cat", "static"), (False, True), (False, True))),
 )
 def test_caches(cache, rope_first, four_d, dtype):
     model = MLA(rope_first=rope_first, four_d=four_d, dtype=dtype)
