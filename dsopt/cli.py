@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from dsopt.files import write_text
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Kernel and graph optimizer for DeepSeek models."
@@ -54,7 +55,7 @@ def _write(data: dict[str, Any], target: str | None) -> None:
     if target == "-":
         print(json.dumps(data, indent=1))
     elif target is not None:
-        Path(target).write_text(json.dumps(data, indent=1) + "\n")
+        write_text(target, json.dumps(data, indent=1) + "\n")
 
 
 def _fail(message: str) -> typer.Exit:

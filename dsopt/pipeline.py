@@ -10,6 +10,7 @@ from pathlib import Path
 from torch.fx import GraphModule
 
 from dsopt.effects import check_effects, effects, is_impure
+from dsopt.files import write_text
 from dsopt.rewrite import Log, OutOfFuel
 
 PIPELINE = (
@@ -78,4 +79,4 @@ def dump(gm: GraphModule, name: str) -> None:
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
     gm.recompile()
-    (Path(folder) / f"{name}.txt").write_text(gm.print_readable(print_output=False))
+    write_text(Path(folder) / f"{name}.txt", gm.print_readable(print_output=False))

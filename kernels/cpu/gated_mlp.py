@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import silu
 
-from dsopt.kernels.cpu.multi_linear import check, linear
+from dsopt.kernels.cpu.multi_linear import linear
 from dsopt.op import Kernel
 
 
@@ -27,7 +27,6 @@ KERNELS = (
         op="gated_mlp",
         backend="cpu",
         plan=lambda *_: gated_mlp,
-        check=check,
         device="cpu",
         dtypes=frozenset({torch.bfloat16}),
         priority=20,

@@ -43,16 +43,11 @@ def multi_linear(
     return [linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
 
 
-def check(x: torch.Tensor, *_) -> str | None:
-    return "this chip multiplies bfloat16 at full rate: ATen's GEMMs serve" if HAS_BFLOAT16_PRODUCTS else None
-
-
 KERNELS = (
     Kernel(
         op="multi_linear",
         backend="cpu",
         plan=lambda *_: multi_linear,
-        check=check,
         device="cpu",
         dtypes=frozenset({torch.bfloat16}),
         priority=20,
