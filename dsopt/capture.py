@@ -52,18 +52,77 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
         ):
             return x
         symbolic = context.tensor_to_context.get(x) if context is not None else None
-        # with dynamic=True a Python float arrives as a tensor whose source says so
-        source = getattr(placeholder, "_dynamo_source", None) if x.ndim == 0 else None
-        return mode.from_tensor(x, symbolic_context=symbolic, source=source)
-
-    def interpret(*args):
-        return torch.fx.Interpreter(gm).run(*args)
+        # the symbols Dynamo guards are found by their source; without it sizes would get new ones
+        source = symbolic.tensor_source if symbolic is not None else None
+        return mode.from_tensor(
+            x, symbolic_context=symbolic, source=source or getattr(placeholder, "_dynamo_source", None)
+        )
 
     placeholders = gm.graph.find_nodes(op="placeholder")
     fakes = [fake(x, p) for x, p in zip(example_inputs, placeholders, strict=True)]
+    plain = _without_transforms(gm)
     with mode, preserve_node_meta():
-        trace = make_fx(interpret, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)
-        return _specialize_floats(trace(*fakes))
+        return _specialize_floats(_make_fx(plain, pre_dispatch=True)(*fakes))
+
+
+def _make_fx(gm: GraphModule, pre_dispatch: bool) -> Callable[..., GraphModule]:
+    def interpret(*args):
+        return torch.fx.Interpreter(gm).run(*args)
+
+    return make_fx(interpret, pre_dispatch=pre_dispatch, tracing_mode="real", _allow_non_fake_inputs=True)
+
+
+def _without_transforms(gm: GraphModule) -> GraphModule:
+    """Dynamo's graph with the ATen calls that vmap and its kin come to in their place; itself if it has none.
+
+    Tracing before dispatch cannot see into the wrapped tensors inside them and would keep constants instead.
+    """
+    if not any(_nesting(n) for n in gm.graph.nodes):
+        return gm
+    gm = GraphModule(gm, copy.deepcopy(gm.graph))
+    region, depth = [], 0
+    for node in list(gm.graph.nodes):
+        depth += _nesting(node)
+        if depth or region:
+            region.append(node)
+        if region and not depth:
+            _expand(gm, region)
+            region = []
+    gm.recompile()
+    return gm
+
+
+def _nesting(node: Node) -> int:
+    """1 where a vmap, grad or jvp begins, -1 where it ends, else 0."""
+    name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+    return name.endswith("_increment_nesting") - name.endswith("_decrement_nesting")
+
+
+def _expand(gm: GraphModule, region: list[Node]) -> None:
+    """Puts the ATen calls that some adjoining nodes of Dynamo's come to in their place."""
+    inputs = [*dict.fromkeys(a for n in region for a in n.all_input_nodes if a not in region)]
+    outputs = [n for n in region if any(user not in region for user in n.users)]
+    part = torch.fx.Graph()
+    copies = {a: part.placeholder(a.name) for a in inputs}
+    for node in region:
+        copies[node] = part.node_copy(node, copies.__getitem__)
+    part.output([copies[n] for n in outputs])
+    values = [a.meta["example_value"] for a in inputs]
+    # Dynamo's own fake mode; detect_fake_mode would prefer the one it has made for backends
+    modes = (v.fake_mode for v in values if isinstance(v, torch._subclasses.FakeTensor))
+    with next(modes, contextlib.nullcontext()), preserve_node_meta():
+        traced = _make_fx(GraphModule(gm, part), pre_dispatch=False)(*values)
+    for constant in traced.graph.find_nodes(op="get_attr"):
+        name = f"{region[0].name}_{constant.target}"
+        setattr(gm, name, getattr(traced, constant.target))
+        constant.target = name
+    placeholders = traced.graph.find_nodes(op="placeholder")
+    with gm.graph.inserting_before(region[0]):
+        results = gm.graph.graph_copy(traced.graph, dict(zip(placeholders, inputs, strict=True)))
+    for node, result in zip(outputs, results, strict=True):
+        node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in region)
+    for node in reversed(region):
+        gm.graph.erase_node(node)
 
 
 def _specialize_floats(gm: GraphModule) -> GraphModule:
