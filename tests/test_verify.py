@@ -1,5 +1,7 @@
 """dsopt.verify: the error of every rewritten site, on the user's own inputs."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -98,7 +100,7 @@ def test_options_are_the_backends():
     with pytest.raises(ValueError, match="unknown backend 'gpux'"):
         dsopt.verify(model, X, options={"kernels": {"rms_norm": "gpux"}})
     result = dsopt.verify(model, X, options={"kernels": {"*": "reference"}})
-    assert all(s.kernel.startswith("reference_") for s in result.sites)
+    assert {s.kernel.partition("_")[0] for s in result.sites} == {"reference", "graph"}
 
 
 def test_nothing_rewritten():
@@ -110,3 +112,122 @@ def test_the_model_stays_as_it_is():
     model = Model()
     dsopt.verify(model, X)
     assert model._compiled_call_impl is None and dsopt.report(model).graphs == []
+
+
+def norm(x, w):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * w
+
+
+class Counting(nn.Module):
+    """A norm beside a buffer and an input that are written, a mask and NaN among the outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8) + 0.5)
+        self.register_buffer("count", torch.zeros(3))
+        self.plain = torch.zeros(2)
+
+    def forward(self, x, cache):
+        self.count.add_(1)
+        self.plain.add_(1)
+        cache.mul_(2)
+        return norm(x, self.weight), x > 0, cache.sum()
+
+
+def test_outputs_and_writes_are_compared_and_nothing_advances():
+    model, cache = Counting(), torch.ones(4)
+    for _ in range(2):
+        result = dsopt.verify(model, (X.view(-1, 8), cache))
+        names = [s.site for s in result.sites if s.kernel == "graph"]
+        assert names[:3] == ["output 0", "output 1", "output 2"]
+        assert len(names) == 6 and all(n.startswith("write of input") for n in names[3:])
+        assert model.count.sum() == 0 and model.plain.sum() == 0 and cache.sum() == 4
+
+
+def broken(monkeypatch, change):
+    """Lets a pass make a change to the graph that it should not make."""
+    from dsopt.pipeline import run_pipeline
+
+    def run(gm, *args):
+        logs = run_pipeline(gm, *args)
+        change(gm.graph)
+        gm.recompile()
+        return logs
+
+    monkeypatch.setattr(sys.modules["dsopt.verify"], "run_pipeline", run)
+
+
+def test_a_lost_write_is_named(monkeypatch):
+    def lose(graph):
+        (write,) = graph.find_nodes(op="call_function", target=torch.ops.aten.mul_.Tensor)
+        write.replace_all_uses_with(write.args[0])
+        graph.erase_node(write)
+
+    broken(monkeypatch, lose)
+    with pytest.raises(dsopt.VerifyError) as caught:
+        dsopt.verify(Counting(), (X.view(-1, 8), torch.ones(4)))
+    bad = [s.site.rpartition(" ")[0] for s in caught.value.result.sites if not s.ok]
+    assert bad == ["output", "write of input"]
+
+
+def test_a_wrong_mask_is_named(monkeypatch):
+    def turn(graph):
+        (mask,) = graph.find_nodes(op="call_function", target=torch.ops.aten.gt.Scalar)
+        mask.target = torch.ops.aten.lt.Scalar
+
+    broken(monkeypatch, turn)
+    with pytest.raises(dsopt.VerifyError, match=r"output 1 \(graph\)"):
+        dsopt.verify(Counting(), (X.view(-1, 8), torch.ones(4)), tolerance=10.0)
+
+
+class Norm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8) + 0.5)
+
+    def forward(self, x):
+        return norm(x, self.weight)
+
+
+def test_where_eager_is_nan_the_rest_is_compared():
+    x = torch.randn(4, 8)
+    x[0] = float("inf")
+    assert dsopt.verify(Norm(), x).worst < 1e-5
+
+
+def test_nan_in_another_place_is_an_error(monkeypatch):
+    off = Kernel("rms_norm", "off", lambda *_: lambda x, w, eps: rms_norm.reference(x, w, eps).roll(1, 0))
+    monkeypatch.setattr("dsopt.op.kernels", lambda op: ((off,), ()) if op == "rms_norm" else kernels(op))
+    x = torch.randn(4, 8)
+    x[0] = float("inf")
+    with pytest.raises(dsopt.VerifyError, match="error inf"):
+        dsopt.verify(Norm(), x)
+
+
+def test_later_graphs_see_what_earlier_ones_wrote():
+    class Broken(Norm):
+        def forward(self, x, cache):
+            cache.add_(1)
+            x = norm(x, self.weight)
+            torch._dynamo.graph_break()
+            return norm(x, self.weight) * cache
+
+    class Cache(Broken):
+        def forward(self, x, cache):
+            out = super().forward(x, cache)
+            seen.append(out.abs().sum().item())
+            return out
+
+    seen, cache = [], torch.zeros(8)
+    dsopt.verify(Cache(), (torch.randn(4, 8), cache))
+    assert seen[0] > 0 and cache.sum() == 0
+
+
+def test_a_graph_dsopt_cannot_take_says_why(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(sys.modules["dsopt.verify"], "run_pipeline", fail)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="cannot take a graph of this model.*RuntimeError: no such luck"):
+            dsopt.verify(Norm(), torch.randn(4, 8))
