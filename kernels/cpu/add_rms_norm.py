@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from dsopt.capture import known
 from dsopt.kernels.cpu.native import _cpu
 from dsopt.kernels.cpu.rms_norm import DTYPES, check_norm, run_norm
 from dsopt.op import Kernel
@@ -23,6 +24,8 @@ def _plan(x, residual, weight, eps):
 def _check(x, residual, weight, eps):
     if residual.dtype != x.dtype or residual.device != x.device:
         return f"needs a residual of x's dtype and device, got {residual.dtype} on {residual.device}"
+    if residual.ndim != x.ndim or any(known(a != b) for a, b in zip(residual.shape, x.shape, strict=True)):
+        return f"needs a residual of x's shape {list(x.shape)}, got {list(residual.shape)}"
     return check_norm(x, weight)
 
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import torch
 
+from dsopt.capture import known
 from dsopt.kernels.cpu.native import _cpu
+from dsopt.kernels.cpu.rms_norm import require
 from dsopt.op import Kernel
 
 # The rate of ATen's expanded form beside this kernel's own, where the two were measured to take the same time
@@ -22,6 +24,9 @@ EXPANDED_RATE = 0.8
 
 # without instructions for it ATen multiplies bfloat16 at an eighth of its float32 rate
 EXPANDS_BFLOAT16 = "avx512_bf16" in _cpu.isas()
+
+DTYPES = frozenset({torch.float32, torch.bfloat16})
+_NDIMS = {"q_nope": 4, "q_rope": 4, "latent": 3, "k_rope": 3, "w_uk": 3, "w_uv": 3}
 
 _MASK_KINDS = {
     torch.bool: _cpu.Mask.boolean,
@@ -34,6 +39,32 @@ _NO_MASK = (0, (0, 0, 0)), _cpu.Mask.none, _HIDDEN
 
 def _unit_stride(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def _shapes(q_nope, q_rope, latent, k_rope, w_uk, w_uv) -> tuple[tuple, ...]:
+    """The shape each operand must have beside the others."""
+    batch, heads, tokens, nope = q_nope.shape
+    _, cached, rank = latent.shape
+    rope, value = q_rope.shape[3], w_uv.shape[1]
+    return (
+        (batch, heads, tokens, nope),
+        (batch, heads, tokens, rope),
+        (batch, cached, rank),
+        (batch, cached, rope),
+        (heads, nope, rank),
+        (heads, value, rank),
+    )
+
+
+def _require_mask(mask: torch.Tensor, batch: int, tokens: int, cached: int) -> None:
+    """ValueError for a mask that does not broadcast to (batch, 1, tokens, cached), or of another kind."""
+    wanted = (batch, 1, tokens, cached)
+    sizes = zip(reversed(mask.shape), reversed(wanted), strict=False)
+    kind = mask.dtype == torch.bool or mask.dtype.is_floating_point
+    if not (kind and mask.is_cpu and mask.ndim <= 4 and all(a in (1, b) for a, b in sizes)):
+        raise ValueError(
+            f"mask must be bool or float and broadcast to {list(wanted)}, got {list(mask.shape)} of {mask.dtype}"
+        )
 
 
 def _native_mask(mask: torch.Tensor, batch: int, tokens: int, cached: int) -> tuple[torch.Tensor, float]:
@@ -63,20 +94,33 @@ def absorbed(
     scale: float,
     is_causal: bool = False,
 ) -> torch.Tensor:
-    """The native kernel for any number of tokens; arguments and result as in `mla_attention_reference`."""
+    """The native kernel for any number of tokens; arguments and result as in `mla_attention_reference`.
+
+    Raises ValueError, naming the argument, for operands whose shapes or dtypes do not belong together.
+    """
+    dtype = q_nope.dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"q_nope must be float32 or bfloat16, got {dtype}")
+    operands = (q_nope, q_rope, latent, k_rope, w_uk, w_uv)
+    for name, x, ndim in zip(_NDIMS, operands, _NDIMS.values(), strict=True):
+        if x.ndim != ndim:
+            raise ValueError(f"{name} must have {ndim} dimensions, got {list(x.shape)}")
     batch, heads, tokens, nope = q_nope.shape
     _, cached, rank = latent.shape
-    value = w_uv.shape[1]
+    rope, value = q_rope.shape[3], w_uv.shape[1]
+    for name, x, wanted in zip(_NDIMS, operands, _shapes(*operands), strict=True):
+        require(name, x, wanted, dtype)
     out = torch.empty((batch, tokens, heads, value), dtype=q_nope.dtype)
     if out.numel() == 0:
         return out
     native_mask, mask_kind, hidden = _NO_MASK
     if mask is not None:
+        _require_mask(mask, batch, tokens, cached)
         mask, hidden = _native_mask(mask, batch, tokens, cached)
         native_mask, mask_kind = (mask.data_ptr(), mask.stride()), _MASK_KINDS[mask.dtype]
-    tensors = [_unit_stride(x) for x in (q_nope, q_rope, latent, k_rope, w_uk, w_uv)]
+    tensors = [_unit_stride(x) for x in operands]
     _cpu.mla_attention(
-        (batch, heads, tokens, cached, rank, nope, q_rope.shape[3], value),
+        (batch, heads, tokens, cached, rank, nope, rope, value),
         *[(x.data_ptr(), x.stride()) for x in tensors],
         native_mask,
         mask_kind,
@@ -136,6 +180,13 @@ def _check(q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal=Fa
     for name, x in tensors.items():
         if x.dtype != q_nope.dtype or x.device != q_nope.device:
             return f"needs one dtype and device, got {q_nope.dtype} q_nope and {x.dtype} {name} on {x.device}"
+    operands = {"q_nope": q_nope, **tensors}
+    for name, x in operands.items():
+        if x.ndim != _NDIMS[name]:
+            return f"needs {name} of {_NDIMS[name]} dimensions, got {list(x.shape)}"
+    for (name, x), wanted in zip(operands.items(), _shapes(*operands.values()), strict=True):
+        if any(known(a != b) for a, b in zip(x.shape, wanted, strict=True)):
+            return f"needs {name} of shape {list(wanted)}, got {list(x.shape)}"
     if mask is None:
         return None
     if mask.device != q_nope.device:
@@ -154,7 +205,7 @@ KERNELS = (
         _plan,
         _check,
         device="cpu",
-        dtypes=frozenset({torch.float32, torch.bfloat16}),
+        dtypes=DTYPES,
         priority=20,
     ),
 )

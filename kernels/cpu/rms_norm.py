@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from dsopt.capture import known
 from dsopt.kernels.cpu.native import _cpu
 from dsopt.op import Kernel
 
@@ -22,7 +23,18 @@ def check_norm(x: torch.Tensor, weight: torch.Tensor | None) -> str | None:
         return f"needs a weight of x's dtype {x.dtype}, got {weight.dtype}"
     if weight is not None and weight.device != x.device:
         return f"needs a weight on {x.device}, got {weight.device}"
+    if weight is not None and (weight.ndim != 1 or known(weight.shape[0] != x.shape[-1])):
+        return f"needs a weight as wide as x's rows, got {list(weight.shape)} for {list(x.shape)}"
     return None
+
+
+def require(name: str, got: torch.Tensor, shape: tuple, dtype: torch.dtype) -> None:
+    """Native code trusts its pointers: ValueError for a tensor that it would read beyond or misread."""
+    if got.shape != shape or got.dtype != dtype or not got.is_cpu:
+        raise ValueError(
+            f"{name} must be {list(shape)} of {dtype} on the CPU, "
+            f"got {list(got.shape)} of {got.dtype} on {got.device}"
+        )
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -35,7 +47,16 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 def run_norm(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(normalised, total) with total = x + residual, or None without residual."""
+    """(normalised, total) with total = x + residual, or None without residual.
+
+    Raises ValueError for operands that are not of one dtype, or of the shapes the module asks for.
+    """
+    if x.dtype not in DTYPES or not x.is_cpu or x.ndim == 0:
+        raise ValueError(f"x must be rows of float32 or bfloat16 on the CPU, got {x.dtype} on {x.device}")
+    if residual is not None:
+        require("residual", residual, x.shape, x.dtype)
+    if weight is not None:
+        require("weight", weight, x.shape[-1:], x.dtype)
     out = torch.empty(x.shape, dtype=x.dtype)
     total = None if residual is None else torch.empty(x.shape, dtype=x.dtype)
     if out.numel() == 0:

@@ -208,6 +208,42 @@ def test_refusals():
     assert ("cpu.rms_norm", "accepts") in explain(rms_norm, weight, weight, 1e-6)
 
 
+def test_norms_of_operands_that_do_not_belong_together():
+    """Refused before, and a ValueError at the call: native code would read past the end."""
+    x, w = torch.randn(4, 64), torch.ones(64)
+    norm, add_norm = (k.KERNELS[0] for k in (rms_norm_kernel, add_rms_norm_kernel))
+    cases = [
+        (norm, (x, w[:1], 1e-6), "weight"),
+        (norm, (x, w[None], 1e-6), "weight"),
+        (norm, (x, w.bfloat16(), 1e-6), "weight"),
+        (add_norm, (x, x[0], w, 1e-6), "residual"),
+        (add_norm, (x, x[:1], w, 1e-6), "residual"),
+        (add_norm, (x, x.bfloat16(), w, 1e-6), "residual"),
+        (add_norm, (x, x, w[:32], 1e-6), "weight"),
+    ]
+    for kernel, args, name in cases:
+        assert f"needs a {name}" in kernel.refuses(args)
+        with pytest.raises(ValueError, match=name):
+            kernel.plan(*args)(*args)
+    with pytest.raises(ValueError, match="float64"):
+        norm.plan(x, w, 1e-6)(x.double(), None, 1e-6)
+
+
+def test_attention_of_operands_that_do_not_belong_together():
+    args, kernel = attention_case(torch.float32, batch=2, new=3), mla_kernel.KERNELS[0]
+    for i, name in enumerate(("q_nope", "q_rope", "latent", "k_rope", "w_uk", "w_uv")):
+        bad = [args[i][0], args[i].bfloat16(), args[i][:1]]
+        bad += [args[i][:, :1]] if name != "w_uv" else []  # values may be of any width
+        for x in bad:
+            changed = (*args[:i], x, *args[i + 1 :], None, 0.2)
+            assert kernel.refuses(mla_attention.bind(changed)) is not None, (name, x.shape, x.dtype)
+            with pytest.raises(ValueError, match=r"^(q_nope|q_rope|latent|k_rope|w_uk|w_uv) must "):
+                mla_kernel.absorbed(*changed)
+    for mask in (torch.zeros(41), torch.zeros(2, 4, 3, 40), torch.zeros(40, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="mask"):
+            mla_kernel.absorbed(*args, mask, 0.2)
+
+
 @pytest.mark.parametrize("name", ["avx1024", "AVX2", "neon"])
 def test_bad_isa_names_the_accepted_ones(name, monkeypatch):
     monkeypatch.setenv("DSOPT_ISA", name)
