@@ -48,13 +48,15 @@ def _read(node: Node) -> dict | str:
         return "values are not expanded from the latent that the keys come from"
     if (key_map.num_heads, values.num_heads) != (shape(q)[1], shape(q)[1]):
         return f"{shape(q)[1]} query heads share {key_map.num_heads} key and {values.num_heads} value heads"
+    if (reason := _mismatch(q, k, k_rope, key_map, values)) is not None:
+        return reason
     mask = _head_mask(mask)
     if mask is not None and val(mask).ndim > 2 and not known(shape(mask)[-3] == 1):
         return "the mask differs by head"
     scale = argument(node, "scale")
     if scale is None:
         scale = 1 / math.sqrt(shape(q)[-1])
-    if not isinstance(scale, float):
+    if not isinstance(scale, (int, float)):
         return "the scale is not a number"
     return {
         "q": q,
@@ -63,14 +65,16 @@ def _read(node: Node) -> dict | str:
         "k_rope": k_rope,
         "rope_first": rope_first,
         "mask": mask,
-        "scale": scale,
+        "scale": float(scale),
         "is_causal": argument(node, "is_causal"),
     }
 
 
 def _uncut(x: Node) -> Node:
     """The tensor before its last tokens were sliced off."""
-    while is_op(x, aten.slice.Tensor) and argument(x, "dim") % 4 == 2 and argument(x, "start") in (0, None):
+    while is_op(x, aten.slice.Tensor) and argument(x, "dim") % val(x).ndim == 2:
+        if argument(x, "start") not in (0, None) or argument(x, "step") != 1:
+            break
         x = x.args[0]
     return x
 
@@ -79,13 +83,27 @@ def _split_keys(k: Node) -> tuple[HeadMap, Node, bool] | str:
     """(map of the part without position, rotary part shared by all heads, whether that one comes first)."""
     if not is_op(k, aten.cat.default) or not is_inner_dim(argument(k, "dim"), 4) or len(k.args[0]) != 2:
         whole = trace(k)
+def _mismatch(q: Node, k: Node, k_rope: Node, keys: HeadMap, values: HeadMap) -> str | None:
+    """What the op's operands disagree in, or None."""
+    latent = keys.latent
+    if val(q).ndim != 4:
+        return "the queries are not (batch, heads, tokens, dim)"
+    if not all(known(shape(x)[0] == shape(q)[0]) for x in (k, latent, k_rope)):
+        return "queries, latent and rotary part are of different batch sizes"
+    if not all(known(tokens == shape(k)[2]) for tokens in (shape(latent)[-2], shape(k_rope)[2])):
+        return "latent and rotary part are of different lengths"
+    if any(val(x).dtype != val(q).dtype for x in (k, latent, k_rope, keys.w, values.w)):
+        return "queries, latent, rotary part and weights are not of one dtype"
+    return None
+
+
         return whole if isinstance(whole, str) else "no rotary part is joined to the expanded keys"
     maps = [trace(part) for part in k.args[0]]
     which = next((i for i, m in enumerate(maps) if isinstance(m, HeadMap)), None)
     if which is None:
         return maps[0]
     k_rope = k.args[0][1 - which]
-    while is_op(k_rope, aten.expand.default):
+    while is_op(k_rope, aten.expand.default) and _repeats_heads(k_rope):
         k_rope = k_rope.args[0]
     if val(k_rope).ndim != 4 or not known(shape(k_rope)[1] == 1):
         return "the rotary part differs by head"
@@ -96,6 +114,12 @@ def _head_mask(mask: Node | None) -> Node | None:
     """The mask before it was repeated for every head."""
     while (
         mask is not None
+def _repeats_heads(node: Node) -> bool:
+    """True for an expand of a 4-d tensor that changes dim 1 alone."""
+    old, new = shape(node.args[0]), shape(node)
+    return len(old) == 4 and all(known(old[d] == new[d]) for d in (0, 2, 3))
+
+
         and is_op(mask, aten.expand.default)
         and val(mask).ndim == val(mask.args[0]).ndim == 4
     ):
@@ -149,7 +173,8 @@ def _split_queries(emit: Emitter, q: Node, nope: int, rope_first: bool) -> tuple
     split = width - nope if rope_first else nope
     if is_op(q, aten.cat.default) and is_inner_dim(argument(q, "dim"), 4) and len(q.args[0]) == 2:
         first, second = q.args[0]
-        if known(shape(first)[-1] == split):
+        one_dtype = val(first).dtype == val(second).dtype == val(q).dtype
+        if one_dtype and known(shape(first)[-1] == split):
             return (second, first) if rope_first else (first, second)
     first = emit(aten.slice.Tensor, q, -1, 0, split)
     second = emit(aten.slice.Tensor, q, -1, split, width)

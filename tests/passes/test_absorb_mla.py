@@ -193,6 +193,12 @@ def test_default_scale():
     check(model, inputs())
 
 
+def test_integer_scale():
+    model = MLA()
+    model.scale = 1
+    check(model, inputs())
+
+
 def test_wider_scale():
     model = MLA()
     model.scale = 0.1 * math.log(40) + 1.0
@@ -303,6 +309,55 @@ def test_rotary_part_that_differs_by_head():
     model, k_rope = MLA(), torch.randn(2, 3, 3, ROPE)
     fn = with_parts(model, lambda parts, x, k_rope: {"k_rope": k_rope})
     stays(fn, X, k_rope, reason="the rotary part differs by head")
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 3, ROPE), (2, 1, 1, ROPE), (1, 3, ROPE), (ROPE,)], ids=str)
+def test_rotary_part_shared_by_more_than_heads(sizes):
+    """The op reads (batch, tokens, dim): nothing that batches or tokens share may be taken for that."""
+    model, k_rope = MLA(), torch.randn(sizes)
+    fn = with_parts(model, lambda parts, x, k_rope: {"k_rope": k_rope.expand(2, 3, 3, ROPE)})
+    stays(fn, X, k_rope, reason="the rotary part differs by head")
+
+
+@pytest.mark.parametrize("shared", ["queries", "latent"])
+def test_batches_that_broadcast(shared):
+    model, one = MLA(), torch.randn(1, 3, HIDDEN)
+    wide = torch.randn(2, 3, 3, NOPE + ROPE)
+    fn = with_parts(model, lambda parts, x, wide: {"q": wide})
+    args = (one, wide) if shared == "latent" else (X, wide[:1])
+    stays(fn, *args, reason="different batch sizes")
+
+
+def test_causal_over_every_second_key():
+    model = MLA()
+
+    def fn(q, x):
+        c, k_rope = model.kv_a(x).split([RANK, ROPE], -1)
+        k_nope, v = model.expand(c)
+        k = torch.cat((k_nope, k_rope[:, None].expand(-1, 3, -1, -1)), -1)
+        return F.scaled_dot_product_attention(q, k[:, :, ::2], v[:, :, ::2], is_causal=True)
+
+    args = torch.randn(2, 3, 2, NOPE + ROPE), X
+    result = rewritten(fn, *args, passes=PASSES)
+    assert result.log("absorb_mla").rewrites == 0
+    assert relative_l2(result.run(*args), fn(*args)) < 1e-5
+
+
+def test_parts_of_two_dtypes():
+    model = MLA()
+
+    def narrow_keys(parts, x):
+        return {"k_rope": parts["k_rope"][:, :1].bfloat16().expand(2, 3, 3, ROPE)}
+
+    def narrow_queries(parts, x):
+        q = parts["q"]
+        return {"q": torch.cat((q[..., :NOPE].bfloat16(), q[..., NOPE:]), -1)}
+
+    stays(with_parts(model, narrow_keys), X, reason="not of one dtype")
+    fn = with_parts(model, narrow_queries)
+    result = rewritten(fn, X, passes=PASSES)
+    assert result.log("absorb_mla").families == {"mla": 1}
+    assert relative_l2(result.run(X), fn(X)) < 1e-5
 
 
 @pytest.mark.parametrize("write", ["cat", "index_copy_"])
