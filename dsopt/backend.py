@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,19 +96,34 @@ def dsopt_backend(
         if fn is None:
             fn = _fall_back(gm, example_inputs, choices, mode, report, report.fallback)
     report.compile_s = time.perf_counter() - start
-    GRAPHS.reads(report, [x for x in example_inputs if isinstance(x, torch.Tensor)])
-    return _Compiled(fn, report)
+    return _Compiled(fn, report, example_inputs)
 
 
 class _Compiled:
-    """The callable Dynamo keeps; it keeps the report."""
+    """The callable Dynamo keeps; it keeps the report, and tells the index whose weights it is called with.
 
-    def __init__(self, fn: Callable, report: GraphReport):
+    Dynamo gives the code of one instance to others of its class, so those weights may change from call to call.
+    """
+
+    def __init__(self, fn: Callable, report: GraphReport, example_inputs: Sequence[Any]):
         self.fn = fn
         self.report = report
+        parameters = [i for i, x in enumerate(example_inputs) if isinstance(x, torch.nn.Parameter)]
+        self.first = parameters[0] if parameters else None
+        self.seen: dict[int, weakref.ref] = {}
+        self._index(example_inputs)
 
     def __call__(self, *args):
+        if self.first is not None and id(args[self.first]) not in self.seen:
+            self._index(args)
         return self.fn(*args)
+
+    def _index(self, args: Sequence[Any]) -> None:
+        GRAPHS.reads(self.report, [x for x in args if isinstance(x, torch.Tensor)])
+        if self.first is not None:
+            key, seen = id(args[self.first]), self.seen
+            # what comes to lie at the same address later is not the same parameter
+            seen[key] = weakref.ref(args[self.first], lambda _: seen.pop(key, None))
 
 
 def _optimize(

@@ -1,7 +1,7 @@
 """What dsopt did to a model: which sites were fused, which kernel each got, and why the rest was not.
 
 A compiled graph keeps its `GraphReport` alive; `report(model)` finds the graphs through the parameters and
-buffers they read, so it works for `model.compile`, `torch.compile(model)` and shallow copies alike.
+buffers they were called with, so it works for `model.compile`, `torch.compile(model)` and shallow copies alike.
 """
 
 from __future__ import annotations
@@ -172,6 +172,8 @@ def report(model: torch.nn.Module | None = None) -> Report:
     """What dsopt did to a model so far, or to every model of this process.
 
     A graph is listed once it was compiled, which the first call with new shapes does; `calls` counts up as
-    the model runs. Graphs that were dropped (`torch.compiler.reset()`) are gone.
+    the model runs. Instances of one class share graphs where Dynamo finds that they fit, and then each one's
+    report lists the graph with the calls of all. A graph that reads none of the model's tensors (after a graph
+    break, say) is listed by `report()` alone. Graphs that were dropped (`torch.compiler.reset()`) are gone.
     """
     return Report(GRAPHS.find(model))

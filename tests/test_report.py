@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+import timeit
 
 import pytest
 import torch
@@ -64,6 +65,41 @@ def test_graphs_are_found_through_the_weights(way):
         assert [k.op for k in graph.kernels] == ["rms_norm"]
     assert dsopt.report(other).graphs == []
     assert graph in dsopt.report().graphs
+
+
+def test_instances_that_share_code_each_have_a_report():
+    models = [dsopt.compile(Model(), **OPTIONS) for _ in range(3)]
+    for _ in range(2):
+        for model in models:
+            model(X)
+    (graph,) = dsopt.report(models[0]).graphs
+    for model in models:
+        assert dsopt.report(model).graphs == [graph] == dsopt.report(model.second).graphs
+    assert graph.kernels[0].calls == 2 * 2 * 3, "calls are the graph's"
+
+
+def test_replaced_parameters_are_found():
+    model = dsopt.compile(Model(), **OPTIONS)
+    model(X)
+    (graph,) = dsopt.report(model).graphs
+    for norm in (model.first, model.second):
+        norm.weight = nn.Parameter(torch.ones(8))
+    model.scale = nn.Parameter(torch.tensor(0.5))
+    assert dsopt.report(model).graphs == []
+    model(X)
+    assert dsopt.report(model).graphs == [graph]
+
+
+def test_finding_readers_costs_next_to_nothing():
+    model = dsopt.compile(Model(), **OPTIONS)
+    from dsopt.backend import _Compiled
+    from dsopt.report import GRAPHS
+
+    weights = [*model.parameters()] * 100
+    plain = _Compiled(lambda *args: None, GRAPHS.new(), weights)
+    taken = min(timeit.repeat(lambda: plain(*weights), number=1000, repeat=5))
+    bare = min(timeit.repeat(lambda: plain.fn(*weights), number=1000, repeat=5))
+    assert (taken - bare) / 1000 < 2e-6 * 5, "five times what it takes on an idle machine"
 
 
 def test_calls_count_at_run_time():
