@@ -30,6 +30,7 @@ __all__ = [
     "inductor",
     "known",
     "module_path",
+    "storage_key",
 ]
 
 
@@ -163,6 +164,11 @@ def guard_count(gm: GraphModule) -> int:
 def known(condition: Any) -> bool:
     """True when a condition on sizes holds for every size the graph serves; never adds a guard."""
     return statically_known_true(condition)
+
+
+def storage_key(x: torch.Tensor) -> int:
+    """What fake tensors that are views of one memory have in common, while they are alive."""
+    return x.untyped_storage()._cdata
 
 
 def module_path(node: Node) -> str:

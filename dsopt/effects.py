@@ -2,16 +2,19 @@
 
 A cache update is a write in the middle of the graph: reads before it and after it see different data. For
 each thing the graph leaves behind (its outputs and its writes), `effects` tells which versions of which
-written tensors it was computed from; a rewrite may drop such a read but never see another version.
+written tensors it was computed from, and `check_effects` compares that before and after each pass. It cannot
+tell a read from another one that the same result also makes, so every pass asks `Order.moved` before a rewrite.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch.fx import GraphModule, Node
+
+from dsopt.capture import storage_key
 
 aten = torch.ops.aten
 
@@ -106,6 +109,15 @@ def _aliased(node: Node) -> Iterator[Node]:
     # composite ops whose schema promises nothing but which return their input when there is nothing to do
     if node.target in _MAYBE_VIEWS and _dtype(node) == _dtype(node.args[0]):
         yield node.args[0]
+    # and whatever the trace has seen to share memory with an input
+    memory = _memory(node)
+    yield from (source for source in node.all_input_nodes if memory & _memory(source))
+
+
+def _memory(node: Node) -> set[int]:
+    value = node.meta.get("val")
+    flat = value if isinstance(value, (list, tuple)) else [value]
+    return {storage_key(x) for x in flat if isinstance(x, torch.Tensor)}
 
 
 def _dtype(node: Node) -> torch.dtype | None:
@@ -125,6 +137,53 @@ _MAYBE_VIEWS = {
     )
     for overload in (getattr(packet, name) for name in packet.overloads())
 }
+
+
+class Order:
+    """Whether reads may be gathered at one place of a graph: the writes, and what memory each touches.
+
+    Made once per pass; nodes that the pass adds later are understood too.
+    """
+
+    def __init__(self, gm: GraphModule):
+        self._bases = bases(gm)
+        self.writes = [
+            (n, frozenset().union(*(self._bases[t] for t in targets)))
+            for n in gm.graph.nodes
+            if (targets := written(n))
+        ]
+
+    def base(self, node: Node) -> frozenset[Node]:
+        """As `bases` says of the node."""
+        if node not in self._bases:
+            self._bases[node] = frozenset().union(*map(self.base, _aliased(node))) or frozenset({node})
+        return self._bases[node]
+
+    def is_written(self, node: Node) -> bool:
+        """True when the graph writes to the node's memory, whenever."""
+        return any(targets & self.base(node) for _, targets in self.writes)
+
+    def moved(self, nodes: Iterable[Node], at: Node) -> Node | None:
+        """A write that would change what `nodes` read if they all read at `at` instead; None if there is none."""
+        for node in nodes if self.writes else ():
+            first, last = (node, at) if node < at else (at, node)
+            read = frozenset().union(*map(self.base, node.all_input_nodes))
+            for write, targets in self.writes:
+                if first < write < last and targets & read:
+                    return write
+        return None
+
+
+def between(root: Node, leaves: Iterable[Node]) -> list[Node]:
+    """The nodes that `root` is computed with from `leaves`, root included and leaves left out."""
+    stops, found, stack = set(leaves), [], [root]
+    while stack:
+        node = stack.pop()
+        if node not in stops and node.op == "call_function":
+            stops.add(node)
+            found.append(node)
+            stack.extend(node.all_input_nodes)
+    return found
 
 
 def effects(gm: GraphModule) -> Effects:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch.fx import GraphModule
 
-from dsopt.effects import check_effects, effects, is_impure
+from dsopt.effects import Order, check_effects, effects, is_impure
 from dsopt.files import write_text
 from dsopt.rewrite import Log, OutOfFuel
 
@@ -40,7 +40,7 @@ def run_pipeline(gm: GraphModule, passes: Sequence[str] | None = None, name: str
     logs = []
     before = effects(gm)
     for step, module in enumerate(modules, 1):
-        log = Log(module.__name__.rpartition(".")[2], fuel)
+        log = Log(module.__name__.rpartition(".")[2], Order(gm), fuel)
         logs.append(log)
         try:
             module.run(gm, log)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from dsopt.capture import fake_mode_of, known, module_path
+from dsopt.effects import Order
 
 aten = torch.ops.aten
 END = 9223372036854775807
@@ -65,10 +66,11 @@ class OutOfFuel(Exception):
 class Log:
     """What one pass did: `hit` before each rewrite, `miss` for each near miss and why it stayed.
 
-    families counts hits by site family (`mla`, `norm`, ...), for the report.
+    families counts hits by site family (`mla`, `norm`, ...), for the report. order knows the graph's writes.
     """
 
     name: str
+    order: Order
     fuel: list[int] | None = None
     rewrites: int = 0
     families: dict[str, int] = field(default_factory=dict)
@@ -83,6 +85,11 @@ class Log:
         self.rewrites += 1
         if family is not None:
             self.families[family] = self.families.get(family, 0) + 1
+
+    def moved(self, nodes: Iterable[Node], at: Node) -> str | None:
+        """Why what `nodes` read may not be read at `at` instead: something writes to it in between. None if fine."""
+        write = self.order.moved(nodes, at)
+        return None if write is None else f"{write.name} writes between the reads that would become one"
 
     def miss(self, node: Node, reason: str) -> None:
         self.misses.append({"site": site(node), "reason": reason})
@@ -228,20 +235,39 @@ class Items(Pattern):
             yield from self._from(i + 1, value, bindings)
 
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def is_float_cast(node: Any) -> bool:
+    """True for a cast from one floating dtype to another of those that arithmetic is done in."""
+    return is_op(node, aten.to.dtype) and val(node).dtype in _FLOATS and val(node.args[0]).dtype in _FLOATS
+
+
+def keeps(found: Bindings, dtype: torch.dtype) -> bool:
+    """False when a cast inside a match rounds to less than dtype: a fused op, which rounds to it once, does not."""
+    return all(torch.promote_types(rounded, dtype) == rounded for rounded in found.get("rounded", ()))
+
+
 @dataclass(frozen=True)
 class Cast(Pattern):
-    """The inner pattern, behind any number of dtype casts."""
+    """The inner pattern, behind any number of casts between floating dtypes.
+
+    The dtypes that a cast rounds to are bound to `rounded`; see `keeps`.
+    """
 
     inner: Pattern
 
     def match(self, value, found):
         chain = [value]
-        while is_op(chain[-1], aten.to.dtype):
+        while is_float_cast(chain[-1]):
             chain.append(chain[-1].args[0])
         # from the inside out, so that a variable binds what was cast rather than the cast
         for i in reversed(range(len(chain))):
-            inner = {**found, "inner": [*found.get("inner", ()), *chain[:i]]} if i else found
-            yield from self.inner.match(chain[i], inner)
+            dtypes = [val(c).dtype for c in chain[: i + 1]] if i else []
+            rounded = [a for a, b in zip(dtypes, dtypes[1:], strict=False) if torch.promote_types(a, b) != a]
+            behind = {"inner": [*found.get("inner", ()), *chain[:i]]}
+            behind["rounded"] = [*found.get("rounded", ()), *rounded]
+            yield from self.inner.match(chain[i], {**found, **behind} if i else found)
 
 
 def mul(a: Pattern, b: Pattern, name: str = "") -> Pattern:

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from dsopt.capture import known
 from dsopt.census import is_expanded_latent
+from dsopt.effects import between
 from dsopt.headmap import HeadMap, trace
 from dsopt.ops.attention import mla_attention
 from dsopt.rewrite import Emitter, Log, argument, aten, is_inner_dim, is_op, replace, shape, val
@@ -22,6 +23,9 @@ def run(gm: GraphModule, log: Log) -> None:
         if not is_op(node, aten.scaled_dot_product_attention.default):
             continue
         found = _read(node)
+        if isinstance(found, dict):
+            leaves = (found["q"], found["keys"].latent, found["k_rope"], found["mask"])
+            found = log.moved(between(node, leaves), node) or found
         if isinstance(found, dict):
             log.hit("mla")
             _rewrite(gm, node, **found)
@@ -44,12 +48,12 @@ def _read(node: Node) -> dict | str:
     if isinstance(keys, str):
         return f"keys: {keys}"
     key_map, k_rope, rope_first = keys
+    if (reason := _mismatch(q, k, k_rope, key_map, values)) is not None:
+        return reason
     if key_map.latent is not values.latent:
         return "values are not expanded from the latent that the keys come from"
     if (key_map.num_heads, values.num_heads) != (shape(q)[1], shape(q)[1]):
         return f"{shape(q)[1]} query heads share {key_map.num_heads} key and {values.num_heads} value heads"
-    if (reason := _mismatch(q, k, k_rope, key_map, values)) is not None:
-        return reason
     mask = _head_mask(mask)
     if mask is not None and val(mask).ndim > 2 and not known(shape(mask)[-3] == 1):
         return "the mask differs by head"
@@ -79,10 +83,6 @@ def _uncut(x: Node) -> Node:
     return x
 
 
-def _split_keys(k: Node) -> tuple[HeadMap, Node, bool] | str:
-    """(map of the part without position, rotary part shared by all heads, whether that one comes first)."""
-    if not is_op(k, aten.cat.default) or not is_inner_dim(argument(k, "dim"), 4) or len(k.args[0]) != 2:
-        whole = trace(k)
 def _mismatch(q: Node, k: Node, k_rope: Node, keys: HeadMap, values: HeadMap) -> str | None:
     """What the op's operands disagree in, or None."""
     latent = keys.latent
@@ -97,6 +97,10 @@ def _mismatch(q: Node, k: Node, k_rope: Node, keys: HeadMap, values: HeadMap) ->
     return None
 
 
+def _split_keys(k: Node) -> tuple[HeadMap, Node, bool] | str:
+    """(map of the part without position, rotary part shared by all heads, whether that one comes first)."""
+    if not is_op(k, aten.cat.default) or not is_inner_dim(argument(k, "dim"), 4) or len(k.args[0]) != 2:
+        whole = trace(k)
         return whole if isinstance(whole, str) else "no rotary part is joined to the expanded keys"
     maps = [trace(part) for part in k.args[0]]
     which = next((i for i, m in enumerate(maps) if isinstance(m, HeadMap)), None)
@@ -110,16 +114,16 @@ def _mismatch(q: Node, k: Node, k_rope: Node, keys: HeadMap, values: HeadMap) ->
     return maps[which], k_rope, which == 1
 
 
-def _head_mask(mask: Node | None) -> Node | None:
-    """The mask before it was repeated for every head."""
-    while (
-        mask is not None
 def _repeats_heads(node: Node) -> bool:
     """True for an expand of a 4-d tensor that changes dim 1 alone."""
     old, new = shape(node.args[0]), shape(node)
     return len(old) == 4 and all(known(old[d] == new[d]) for d in (0, 2, 3))
 
 
+def _head_mask(mask: Node | None) -> Node | None:
+    """The mask before it was repeated for every head."""
+    while (
+        mask is not None
         and is_op(mask, aten.expand.default)
         and val(mask).ndim == val(mask.args[0]).ndim == 4
     ):

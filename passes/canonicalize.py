@@ -23,7 +23,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from dsopt.capture import known
-from dsopt.effects import bases, written
+from dsopt.effects import Order, bases, between
 from dsopt.rewrite import Emitter, Log, argument, aten, is_op, is_tensor, replace, same_shape, shape, val
 
 Rule = Callable[[GraphModule, Node], Node | None]
@@ -32,15 +32,18 @@ Rule = Callable[[GraphModule, Node], Node | None]
 def run(gm: GraphModule, log: Log) -> None:
     """Applies the rules from the first node to the last; what a rule emits is canonical already."""
     _in_place_to_pure(gm, log)
-    base_of = bases(gm)
-    changed = {base for n in gm.graph.nodes for target in written(n) for base in base_of[target]}
+    order = Order(gm)
+    (output,) = gm.graph.find_nodes(op="output")
+    # what the caller gets to write to: the inputs, and all that is returned
+    theirs = set().union(*map(order.base, (*output.all_input_nodes, *gm.graph.find_nodes(op="placeholder"))))
     for node in list(gm.graph.nodes):
+        if is_op(node, aten.view.default, aten._unsafe_view.default) and not order.is_written(node):
+            # what a fused op puts in the place of its input may be laid out otherwise
+            node.target = aten.reshape.default
         for rule in RULES.get(node.target, ()) if node.op == "call_function" else ():
+            before = node.prev
             new = rule(gm, node)
-            # y = x * 1 is a copy: x may not stand for it where either is written to
-            if new in base_of and node in base_of[node] and changed & (base_of[node] | base_of[new]):
-                continue
-            if new is not None and new is not node:
+            if new is not None and new is not node and _serves(node, new, before, order, theirs):
                 log.hit()
                 replace(node, new)
                 if not node.users:
@@ -48,7 +51,32 @@ def run(gm: GraphModule, log: Log) -> None:
                 break
     for node in list(gm.graph.nodes):
         if is_op(node, aten.new_empty.default, aten.empty.memory_format):
-            _copies_to_cat(gm, node, log)
+            _copies_to_cat(gm, node, order, log)
+
+
+def _serves(node: Node, new: Node, before: Node, order: Order, theirs: set[Node]) -> bool:
+    """True when no write, in the graph or by the caller afterwards, tells `new` from `node`.
+
+    before: the node that stood before `node` when the rule was asked; what stands between was emitted by it.
+    theirs: memory the caller holds in the end.
+    """
+    if not before < new:
+        # y = x * 1 is a copy: x may not stand for it where either is written to
+        if node in order.base(node):
+            if (
+                order.is_written(node)
+                or order.is_written(new)
+                or (node in theirs and theirs & order.base(new))
+            ):
+                return False
+            theirs |= order.base(new) if node in theirs else set()
+        return True
+    emitted, step = set(), node.prev
+    while step is not before:
+        emitted.add(step)
+        step = step.prev
+    leaves = {a for n in emitted for a in n.all_input_nodes} - emitted
+    return order.moved(between(node, leaves), node) is None
 
 
 def _in_place_to_pure(gm: GraphModule, log: Log) -> None:
@@ -273,7 +301,7 @@ def _einsum(gm: GraphModule, node: Node) -> Node | None:
     return emit(aten.linear.default, x, weight, like=val(node))
 
 
-def _copies_to_cat(gm: GraphModule, buffer: Node, log: Log) -> None:
+def _copies_to_cat(gm: GraphModule, buffer: Node, order: Order, log: Log) -> None:
     """new_empty filled by copy_ into slices that adjoin along one dim -> cat of what was copied."""
     pieces = []
     for user in buffer.users:
@@ -300,7 +328,7 @@ def _copies_to_cat(gm: GraphModule, buffer: Node, log: Log) -> None:
         if not same_shape(shape(piece), shape(writer.args[1])):
             return
         end += shape(piece)[dim]
-    if end != shape(buffer)[dim]:
+    if end != shape(buffer)[dim] or order.moved([w for _, w in pieces], last):
         return
     log.hit()
     cat = Emitter(gm, last)(aten.cat.default, [w.args[1] for _, w in pieces], dim, like=val(buffer))

@@ -12,6 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from dsopt.capture import known
+from dsopt.effects import between
 from dsopt.rewrite import Emitter, Log, argument, aten, is_inner_dim, is_op, is_tensor, replace, shape, val
 
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
@@ -25,6 +26,9 @@ def run(gm: GraphModule, log: Log) -> None:
     for node in list(gm.graph.nodes):
         if is_op(node, *_SOFTMAX):
             found = _read(node)
+            if isinstance(found, Attention):
+                leaves = (found.q[0], found.k[0], found.v[0], found.mask, *(found.fill or ())[:1])
+                found = log.moved(between(found.out, leaves), found.out) or found
             if isinstance(found, str):
                 log.miss(node, found)
             elif found is not None:

@@ -57,6 +57,9 @@ def _fuse(gm: GraphModule, node: Node, found: Bindings, log: Log) -> None:
     if not all(val(w).ndim == 2 for w in (argument(gate if halves is None else halves, "weight"), w_down)):
         log.miss(node, "a weight is not a matrix")
         return
+    if reason := log.moved([*inner, node], node):
+        log.miss(node, reason)
+        return
     log.hit("mlp")
     if halves is None:
         (w_gate, b_gate), (w_up, b_up) = ((argument(n, "weight"), argument(n, "bias")) for n in (gate, up))

@@ -30,6 +30,7 @@ from dsopt.rewrite import (
     is_inner_dim,
     is_op,
     is_tensor,
+    keeps,
     last_cast,
     mul,
     other_reader,
@@ -75,9 +76,14 @@ def run(gm: GraphModule, log: Log) -> None:
 def _find(pattern: Pattern, node: Node) -> Bindings | None:
     if not is_op(node, aten.mul.Tensor):
         return None
-    return best_match(
-        pattern, node, lambda w: val(w["x"]).dtype == val(last_cast(node, val(w["x"]).dtype)).dtype
-    )
+
+    def good(way: Bindings) -> bool:
+        dtype = val(way["x"]).dtype
+        weight = way.get("weight")
+        same = weight is None or val(weight).dtype == dtype
+        return same and keeps(way, dtype) and val(last_cast(node, dtype)).dtype == dtype
+
+    return best_match(pattern, node, good)
 
 
 def _is_norm_like(root: Node) -> bool:
@@ -95,12 +101,6 @@ def _above(node: Node, steps: int) -> set[Node]:
     return found
 
 
-def _uncast(node: Node) -> Node:
-    while is_op(node, aten.to.dtype):
-        node = node.args[0]
-    return node
-
-
 def _native(gm: GraphModule, node: Node, log: Log) -> None:
     x, sizes, weight, eps = (argument(node, a) for a in ("input", "normalized_shape", "weight", "eps"))
     if len(sizes) != 1 or eps is None:
@@ -108,7 +108,7 @@ def _native(gm: GraphModule, node: Node, log: Log) -> None:
     elif weight is not None and val(weight).dtype != val(x).dtype:
         log.miss(node, "weight and input differ in dtype")
     else:
-        _rewrite(gm, node, x, weight, eps, log)
+        _rewrite(gm, node, x, weight, eps, log, [node])
 
 
 def _fuse(gm: GraphModule, node: Node, found: Bindings, log: Log) -> None:
@@ -123,12 +123,16 @@ def _fuse(gm: GraphModule, node: Node, found: Bindings, log: Log) -> None:
         log.miss(node, f"the mean runs over dims {list(dims)}, not over the last")
     elif val(root).dtype != val(x).dtype:
         log.miss(node, f"the result is {val(root).dtype} but the input is {val(x).dtype}")
-    elif weight is not None and val(weight).dtype != val(x).dtype and _uncast(weight) is weight:
+    elif not keeps(found, val(x).dtype):
+        log.miss(node, f"a cast rounds to less than the input's {val(x).dtype} in between")
+    elif weight is not None and val(weight).dtype != val(x).dtype:
         log.miss(node, f"weight is {val(weight).dtype} but the input is {val(x).dtype}")
     elif weight is not None and not same_shape(shape(weight), shape(x)[-1:]):
         log.miss(node, "the weight's size is not the input's last size")
+    elif reason := log.moved(matched := [root, node, *found["inner"]], root):
+        log.miss(node, reason)
     else:
-        _rewrite(gm, root, x, _uncast(weight) if weight is not None else None, found["eps"], log)
+        _rewrite(gm, root, x, weight, found["eps"], log, matched)
 
 
 def _outside(reader: Node, found: Bindings, root: Node):
@@ -136,10 +140,12 @@ def _outside(reader: Node, found: Bindings, root: Node):
     return (u.name for u in reader.users if u not in inside)
 
 
-def _rewrite(gm: GraphModule, root: Node, x: Node, weight: Node | None, eps: float, log: Log) -> None:
+def _rewrite(
+    gm: GraphModule, root: Node, x: Node, weight: Node | None, eps: float, log: Log, matched: list[Node]
+) -> None:
     log.hit("norm")
     parts = _residual_sum(x, weight)
-    if parts is None:
+    if parts is None or log.moved(matched, x):
         new = Emitter(gm, root)(ops.rms_norm.overload, x, weight, eps, like=val(root))
         replace(root, new)
         return

@@ -25,6 +25,7 @@ from dsopt.rewrite import (
     is_inner_dim,
     is_op,
     is_tensor,
+    keeps,
     last_cast,
     mul,
     other_reader,
@@ -147,10 +148,14 @@ def _emit(
         log.miss(node, "part of the rotation is read by another node")
     elif val(root).dtype != val(x).dtype:
         log.miss(node, f"the result is {val(root).dtype} but the input is {val(x).dtype}")
+    elif not keeps(found, val(x).dtype):
+        log.miss(node, f"a cast rounds to less than the input's {val(x).dtype} in between")
     elif not same_shape(shape(root), shape(x)):
         log.miss(node, "the table broadcasts the input to another shape")
     elif not same_shape(shape(cos)[-1:], shape(sin)[-1:]) or width not in (shape(x)[-1], shape(x)[-1] // 2):
         log.miss(node, "the tables are neither as wide as the input nor half of it")
+    elif reason := log.moved([root, node, *found["inner"]], root):
+        log.miss(node, reason)
     else:
         log.hit("rope")
         replace(root, Emitter(gm, root)(rope.overload, x, cos, sin, *layout, like=val(root)))

@@ -17,7 +17,7 @@ def run(gm: GraphModule, log: Log) -> None:
             siblings.setdefault(node.args[0], []).append(node)
     for x, linears in siblings.items():
         first = linears[0]
-        group = [n for n in linears if n is first or _ready(n, first)]
+        group = [n for n in linears if n is first or (_ready(n, first) and not log.moved([n], first))]
         if len(group) < 2:
             continue
         log.hit()
