@@ -25,12 +25,16 @@ __all__ = [
     "capture",
     "eager",
     "fake_mode_of",
+    "flat",
     "from_export",
     "guard_count",
     "inductor",
     "known",
     "module_path",
+    "over_recompile_limit",
+    "raise_recompile_limit",
     "storage_key",
+    "unflat",
 ]
 
 
@@ -149,6 +153,16 @@ def from_export(program: torch.export.ExportedProgram) -> GraphModule:
     return copy.deepcopy(program.graph_module)
 
 
+def flat(args: Any) -> list:
+    """The leaves of nested arguments, in the order an exported program takes them."""
+    return torch.utils._pytree.tree_leaves(args)
+
+
+def unflat(program: torch.export.ExportedProgram, outputs: Sequence[Any]) -> Any:
+    """What a program returns, from its graph's flat outputs."""
+    return torch.utils._pytree.tree_unflatten(list(outputs), program.call_spec.out_spec)
+
+
 def fake_mode_of(gm: GraphModule):
     """The fake mode that made the graph's values, or a context that does nothing if it holds no tensor."""
     vals = [node.meta.get("val") for node in gm.graph.nodes]
@@ -169,6 +183,27 @@ def known(condition: Any) -> bool:
 def storage_key(x: torch.Tensor) -> int:
     """What fake tensors that are views of one memory have in common, while they are alive."""
     return x.untyped_storage()._cdata
+
+
+def over_recompile_limit(functions: Sequence[Callable] | None = None) -> int | None:
+    """Dynamo's recompile limit if one of these functions has used it up and something ran eager for it, else None.
+
+    functions: any function of this process by default.
+    """
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+    from torch._dynamo.utils import counters
+
+    limit = torch._dynamo.config.recompile_limit
+    if not any("recompile limit exceeded" in reason for reason in counters["unimplemented"]):
+        return None
+    codes = {code for f in functions or () if (code := getattr(f, "__code__", None)) is not None}
+    full = functions is None or any(len(_debug_get_cache_entry_list(code)) >= limit for code in codes)
+    return limit if full else None
+
+
+def raise_recompile_limit(limit: int) -> None:
+    """Lets Dynamo compile a function at least so many times before it runs it eager."""
+    torch._dynamo.config.recompile_limit = max(limit, torch._dynamo.config.recompile_limit)
 
 
 def module_path(node: Node) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from dsopt.capture import raise_recompile_limit
 from dsopt.models import presets
 
 WAYS = ("eager", "inductor", "dsopt")
@@ -34,7 +35,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     # graphs of both compilers share one limit per function, and each cache size may need one of each
-    torch._dynamo.config.recompile_limit = 64
+    raise_recompile_limit(64)
 
 
 def ways(model: torch.nn.Module) -> dict[str, Callable]:

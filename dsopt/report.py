@@ -15,7 +15,7 @@ import torch
 from rich.console import Console, Group
 from rich.table import Table
 
-from dsopt.capture import WeakIdKeyDictionary
+from dsopt.capture import WeakIdKeyDictionary, over_recompile_limit
 from dsopt.census import FAMILIES
 from dsopt.op import Refusal
 from dsopt.rewrite import Log
@@ -76,8 +76,9 @@ class GraphReport:
 class Report:
     """The graphs of a model, or of all models. `print(report)` shows tables; `to_dict()` is for programs."""
 
-    def __init__(self, graphs: Iterable[GraphReport]):
+    def __init__(self, graphs: Iterable[GraphReport], recompile_limit: int | None = None):
         self.graphs = sorted(graphs, key=lambda g: g.name)
+        self._limit = recompile_limit
 
     @property
     def matched(self) -> dict[str, list[int]]:
@@ -90,8 +91,14 @@ class Report:
 
     @property
     def fallbacks(self) -> list[str]:
-        """Why graphs, or sites, run as PyTorch spelled them."""
-        return [f"{g.name}: {g.fallback}" for g in self.graphs if g.fallback is not None]
+        """Why graphs, or calls that no graph fits, run as PyTorch spelled them."""
+        reasons = [f"{g.name}: {g.fallback}" for g in self.graphs if g.fallback is not None]
+        if self._limit is not None:
+            reasons.append(
+                f"recompile limit reached: Dynamo compiled one function {self._limit} times and runs eager what "
+                "fits none of these graphs; raise torch._dynamo.config.recompile_limit"
+            )
+        return reasons
 
     def to_dict(self) -> dict:
         """{"graphs": [...], "matched": {family: [matched, total]}, "fallbacks": [reason]}."""
@@ -176,4 +183,5 @@ def report(model: torch.nn.Module | None = None) -> Report:
     report lists the graph with the calls of all. A graph that reads none of the model's tensors (after a graph
     break, say) is listed by `report()` alone. Graphs that were dropped (`torch.compiler.reset()`) are gone.
     """
-    return Report(GRAPHS.find(model))
+    forwards = None if model is None else [m.forward for m in model.modules()]
+    return Report(GRAPHS.find(model), over_recompile_limit(forwards))

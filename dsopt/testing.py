@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from dsopt.capture import capture, from_export
+from dsopt.capture import capture, flat, from_export, unflat
 from dsopt.pipeline import run_pipeline
 from dsopt.rewrite import Log
 
@@ -98,8 +98,8 @@ def exported(model: torch.nn.Module, *args: Any, passes: Sequence[str] | None = 
 
     def run(*args: Any) -> Any:
         with torch.no_grad():
-            out = graph(*state, *torch.utils._pytree.tree_leaves(args))
-        return torch.utils._pytree.tree_unflatten(out, program.call_spec.out_spec)
+            out = graph(*state, *flat(args))
+        return unflat(program, out)
 
     result.run = run
     return result

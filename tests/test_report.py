@@ -37,6 +37,7 @@ X = torch.randn(2, 3, 8)
 
 @pytest.fixture(autouse=True)
 def no_gradients():
+    torch._dynamo.utils.counters.clear()
     with torch.no_grad():
         yield
 
@@ -100,6 +101,26 @@ def test_finding_readers_costs_next_to_nothing():
     taken = min(timeit.repeat(lambda: plain(*weights), number=1000, repeat=5))
     bare = min(timeit.repeat(lambda: plain.fn(*weights), number=1000, repeat=5))
     assert (taken - bare) / 1000 < 2e-6 * 5, "five times what it takes on an idle machine"
+
+
+def test_the_recompile_limit_is_a_fallback():
+    class Norm(nn.RMSNorm):
+        def forward(self, x):
+            return super().forward(x)
+
+    norm, other = Norm(8, eps=1e-6), Model()
+    fast = torch.compile(norm, backend=dsopt_backend, dynamic=False, options=OPTIONS)
+    limit = torch._dynamo.config.recompile_limit
+    for tokens in range(1, limit + 1):
+        fast(torch.randn(tokens, 8))
+    assert dsopt.report(norm).fallbacks == []
+    fast(torch.randn(limit + 1, 8))
+    (reason,) = dsopt.report(norm).fallbacks
+    assert reason.startswith("recompile limit reached") and str(limit) in reason
+    assert reason.split(":")[0] in str(dsopt.report(norm))
+    dsopt.compile(other, **OPTIONS)(X)
+    assert dsopt.report(other).fallbacks == []
+    assert reason in dsopt.report().fallbacks
 
 
 def test_calls_count_at_run_time():
