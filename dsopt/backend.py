@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from dsopt.capture import capture, eager, inductor
+from dsopt.capture import capture, eager, guard_count, inductor, unsupported
 from dsopt.census import census
 from dsopt.lower import lower
 from dsopt.op import backends, disabled_backends
 from dsopt.ops import OPS
-from dsopt.pipeline import available_passes, dump, run_pipeline
+from dsopt.pipeline import available_passes, dump, fuel, run_pipeline
 from dsopt.report import GRAPHS, GraphReport
 
 
@@ -38,6 +38,13 @@ class Options:
     strict: bool = False
 
     def __post_init__(self):
+        _typed("kernels", self.kernels, Mapping, "a mapping of op names to backends")
+        _typed("strict", self.strict, bool, "True or False")
+        if self.passes is not None:
+            wanted = "a sequence of pass names or None"
+            _typed("passes", self.passes, Sequence, wanted)
+            if isinstance(self.passes, (str, bytes)):
+                raise TypeError(f"passes must be {wanted}, got the string {self.passes!r}")
         for op, backend in self.kernels.items():
             _among("op", op, [*OPS, "*"])
             _among("backend", backend, backends())
@@ -47,7 +54,12 @@ class Options:
 
     @classmethod
     def of(cls, options: Mapping[str, Any] | None) -> Options:
-        """Options from a plain mapping. Raises ValueError naming what is known in place of what is not."""
+        """Options from a plain mapping.
+
+        Raises ValueError naming what is known in place of what is not, TypeError for a value of another type.
+        """
+        if options is not None:
+            _typed("options", options, Mapping, "a mapping of option names to values")
         known = [f.name for f in dataclasses.fields(cls)]
         for name in options or {}:
             _among("option", name, known)
@@ -59,10 +71,29 @@ class Options:
         return {op: self.kernels.get(op, default) for op in OPS if self.kernels.get(op, default) is not None}
 
 
+def _typed(name: str, given: object, accepted: type, wanted: str) -> None:
+    if not isinstance(given, accepted):
+        raise TypeError(f"{name} must be {wanted}, got {given!r}")
+
+
 def _among(kind: str, given: str, known: Sequence[str]) -> None:
     if given not in known:
         plural = f"{kind}es" if kind.endswith("s") else f"{kind}s"
         raise ValueError(f"unknown {kind} {given!r}; known {plural}: {', '.join(known)}")
+
+
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+def check_environment() -> None:
+    """Raises ValueError for a DSOPT_DISABLE, DSOPT_FUEL or DSOPT_ISA that names nothing known."""
+    disabled_backends()
+    fuel()
+    try:
+        from dsopt import _cpu
+    except ImportError:  # not built here, so that nothing reads DSOPT_ISA
+        return
+    _cpu.isa()
 
 
 def dsopt_backend(
@@ -74,13 +105,15 @@ def dsopt_backend(
 ) -> Callable:
     """Compiles one Dynamo graph: capture, count, passes, lower. The entry point named `dsopt`.
 
-    mode: torch.compile's; it goes to Inductor where that compiles a graph dsopt leaves alone.
-    options: see `Options`; ValueError for what it does not know.
+    mode: torch.compile's, one of MODES; it goes to Inductor where that compiles a graph dsopt leaves alone.
+    options: see `Options`; ValueError for what it does not know, as for an unknown mode or environment variable.
     A graph that dsopt cannot take gives the right answer all the same, through `Options.fallback`, and the
     report says why.
     """
     choices = Options.of(options)
-    disabled_backends()  # a misspelt DSOPT_DISABLE is the user's to know, not a reason to fall back
+    if mode is not None:
+        _among("mode", mode, MODES)
+    check_environment()  # a misspelt DSOPT_DISABLE is the user's to know, not a reason to fall back
     report = GRAPHS.new()
     start = time.perf_counter()
     if (reason := _not_ours(gm, example_inputs)) is not None:
@@ -131,8 +164,11 @@ def _optimize(
 ) -> Callable | None:
     graph = capture(gm, example_inputs)
     report.nodes_before = len(graph.graph.nodes)
+    guards = guard_count(graph)
     report.totals = census(graph)
     report.passes = run_pipeline(graph, choices.passes, report.name)
+    if guard_count(graph) != guards:
+        raise RuntimeError("the census or a pass added a shape guard; sizes are compared through `known` only")
     report.kernels = lower(graph, choices.prefer())
     report.nodes_after = len(graph.graph.nodes)
     dump(graph, f"{report.name}.lowered")
@@ -149,7 +185,7 @@ def _not_ours(gm: GraphModule, example_inputs: Sequence[Any]) -> str | None:
         if all(graph.fallback != _NEEDS_GRADIENTS for graph in GRAPHS.reading(tensors)):
             _warn_gradients()
         return _NEEDS_GRADIENTS
-    return None
+    return unsupported(gm)
 
 
 _NEEDS_GRADIENTS = "gradients are enabled: dsopt's kernels compute forward only; use torch.inference_mode()"

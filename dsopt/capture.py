@@ -35,6 +35,7 @@ __all__ = [
     "raise_recompile_limit",
     "storage_key",
     "unflat",
+    "unsupported",
 ]
 
 
@@ -141,6 +142,19 @@ def _specialize_floats(gm: GraphModule) -> GraphModule:
                 )
             gm.graph.erase_node(node)
     return gm
+
+
+def unsupported(gm: GraphModule) -> str | None:
+    """Why a Dynamo graph's meaning would not survive capture, or None: modes that it switches as it runs."""
+    transforms = 0  # torch.func.grad enables gradients for itself
+    for node in gm.graph.nodes:
+        name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+        transforms += _nesting(node)
+        if "enter_autocast" in name:
+            return "an autocast region begins inside the graph: its casts are decided as it runs"
+        if "set_grad_enabled" in name and node.args[:1] == (True,) and not transforms:
+            return "part of the graph enables gradients: dsopt's kernels compute forward only"
+    return None
 
 
 def from_export(program: torch.export.ExportedProgram) -> GraphModule:

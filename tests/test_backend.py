@@ -278,3 +278,29 @@ assert "dsopt" in sys.modules and "kernels" not in sys.modules
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_modes_switched_inside_the_graph_go_to_the_fallback():
+    w, linear = torch.randn(8), torch.nn.Linear(8, 8)
+
+    def norm(x, w):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * w
+
+    def autocast(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            h = linear(x)
+        return norm(h, w.to(h.dtype))
+
+    def gradients(x):
+        with torch.enable_grad():
+            return norm(x * linear.weight[0], w)
+
+    x = torch.randn(4, 8)
+    with torch.no_grad():
+        for fn, reason in ((autocast, "autocast"), (gradients, "enables gradients")):
+            fast = torch.compile(fn, backend="dsopt", options={"fallback": "eager"})
+            got, want = fast(x), fn(x)
+            assert got.dtype == want.dtype and got.requires_grad == want.requires_grad
+            torch.testing.assert_close(got, want)
+            assert any(reason in line for line in dsopt.report().fallbacks)
+            torch.compiler.reset()
