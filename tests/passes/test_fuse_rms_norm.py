@@ -323,3 +323,33 @@ def test_native_norm_that_the_op_does_not_cover():
         assert result.log("fuse_rms_norm").rewrites == 0
         assert result.log("fuse_rms_norm").misses
         assert relative_l2(result.run(x, w), formula(x, w)) < 1e-6
+
+
+def stays_as_eager(fn, *args, rewrites):
+    result = rewritten(fn, *args, passes=PASSES)
+    assert result.log("fuse_rms_norm").rewrites == rewrites
+    assert relative_l2(result.run(*args), fn(*args)) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int32, torch.float8_e4m3fn], ids=str)
+def test_rounding_of_the_input_is_kept(dtype):
+    stays_as_eager(
+        lambda x, w: pow_rsqrt(x.to(dtype).float(), w), torch.randn(4, 24) * 3, torch.rand(24), rewrites=1
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float8_e4m3fn], ids=str)
+def test_rounding_in_between_is_kept(dtype):
+    """Norm without weight, rounded, weighted: only what stands before the rounding may be one op."""
+
+    def fn(x, w):
+        return pow_rsqrt(x, 1.0).to(dtype).float() * w
+
+    stays_as_eager(fn, torch.randn(4, 24) * 3, torch.rand(24), rewrites=dtype is not torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
+def test_rounding_of_the_weight_is_kept(dtype):
+    stays_as_eager(
+        lambda x, w: pow_rsqrt(x, w.to(dtype).float()), torch.randn(4, 24), torch.rand(24) * 5, rewrites=1
+    )
