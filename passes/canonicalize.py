@@ -138,6 +138,9 @@ def _cast(gm: GraphModule, node: Node) -> Node | None:
     old, new = val(x), val(node)
     if old.device != new.device or old.layout != new.layout:
         return None
+    if "memory_format" in (a.name for a in node.target._schema.arguments):
+        if argument(node, "memory_format") not in (None, torch.preserve_format):
+            return None
     if old.dtype == new.dtype:
         copies = node.target is aten._to_copy.default or True in (node.kwargs.get("copy"), *node.args[2:])
         return None if copies else x
@@ -215,9 +218,9 @@ def _mul(gm: GraphModule, node: Node) -> Node | None:
     for x, y in ((a, b), (b, a)):
         if not isinstance(y, Node) and isinstance(y, (int, float)) and y == 1 and is_tensor(x):
             return _same(gm, node) if x is a else (x if val(x).dtype == val(node).dtype else None)
-        if is_op(y, aten.sigmoid.default) and y.args[0] is x:
+        if is_op(y, aten.sigmoid.default) and y.args[0] is x and val(x).dtype.is_floating_point:
             return Emitter(gm, node)(aten.silu.default, x, like=val(node))
-    if a is b:
+    if a is b and val(a).dtype != torch.bool:
         return Emitter(gm, node)(aten.pow.Tensor_Scalar, a, 2, like=val(node))
     return None
 
@@ -296,6 +299,8 @@ def _einsum(gm: GraphModule, node: Node) -> Node | None:
     if out != left[:-1] + n or n in left or len(set(left)) != len(left.replace(".", "")) + ("." in left):
         return None
     x, w = operands
+    if not known(shape(x)[-1] == shape(w)[right.index(left[-1])]):
+        return None
     emit = Emitter(gm, node)
     weight = w if right == n + left[-1] else emit(aten.permute.default, w, [1, 0])
     return emit(aten.linear.default, x, weight, like=val(node))

@@ -374,3 +374,31 @@ def test_dynamic_shapes():
         x = torch.randn(2, tokens, 8)
         assert all(relative_l2(a, b) < 1e-6 for a, b in zip(result.run(x), fn(x), strict=True))
     assert len(result.graphs) == 1
+
+
+def test_products_of_integers_keep_their_dtype():
+    flags, counts = torch.arange(5) % 2 == 0, torch.arange(5)
+    check(lambda m: m * m, flags, ops=["aten.mul"])
+    check(lambda n: n * torch.sigmoid(n), counts, ops=["aten.sigmoid", "aten.mul"])
+
+
+def test_a_memory_format_is_kept():
+    def fn(x):
+        return x.to(torch.bfloat16, memory_format=torch.channels_last)
+
+    x = torch.randn(2, 3, 4, 5)
+    result = rewritten(fn, x, passes=("canonicalize",))
+    assert result.run(x).stride() == fn(x).stride()
+    same = rewritten(
+        lambda x: x.to(torch.float32, memory_format=torch.channels_last) + 1, x, passes=("canonicalize",)
+    )
+    assert same.run(x).stride() == x.contiguous(memory_format=torch.channels_last).stride()
+
+
+def test_einsum_that_broadcasts_the_contracted_dim_stays():
+    check(
+        lambda x, w: torch.einsum("bk,nk->bn", x, w),
+        torch.randn(4, 1),
+        torch.randn(3, 5),
+        ops=["aten.einsum"],
+    )
