@@ -23,6 +23,7 @@ from dsopt.rewrite import (
     mul,
     other_reader,
     replace,
+    same_shape,
     shape,
     val,
 )
@@ -54,8 +55,12 @@ def _fuse(gm: GraphModule, node: Node, found: Bindings, log: Log) -> None:
         return
     source = halves if halves is not None else gate
     x, w_down, b_down = source.args[0], found["w_down"], argument(node, "bias")
-    if not all(val(w).ndim == 2 for w in (argument(gate if halves is None else halves, "weight"), w_down)):
+    linears = (gate, up) if halves is None else (halves,)
+    if not all(val(w).ndim == 2 for w in (*(argument(n, "weight") for n in linears), w_down)):
         log.miss(node, "a weight is not a matrix")
+        return
+    if not same_shape(shape(gate), shape(up)):
+        log.miss(node, "gate and up differ in width")
         return
     if reason := log.moved([*inner, node], node):
         log.miss(node, reason)

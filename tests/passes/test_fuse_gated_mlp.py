@@ -174,3 +174,19 @@ def test_other_mlps_stay(formula):
     result = rewritten(model, x, passes=PASSES)
     assert result.log("fuse_gated_mlp").rewrites == 0
     assert relative_l2(result.run(x), model(x)) < 1e-6
+
+
+@pytest.mark.parametrize("scalar", ["gate", "up"])
+def test_a_scalar_gate_stays(scalar):
+    def fn(x, gate, up, down):
+        return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+    weights = {"gate": torch.randn(6, 8), "up": torch.randn(6, 8)} | {scalar: torch.randn(1, 8)}
+    args = torch.randn(2, 3, 8), weights["gate"], weights["up"], torch.randn(5, 6)
+    result = rewritten(fn, *args, passes=PASSES)
+    assert [m["reason"] for m in result.log("fuse_gated_mlp").misses] == ["gate and up differ in width"]
+    assert relative_l2(result.run(*args), fn(*args)) < 1e-5
+    vector = (args[0], torch.randn(8), torch.randn(8), torch.randn(5, 3))
+    result = rewritten(fn, *vector, passes=PASSES)
+    assert result.log("fuse_gated_mlp").rewrites == 0
+    assert relative_l2(result.run(*vector), fn(*vector)) < 1e-5
