@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch.fx import GraphModule, Node
 
+from dsopt.capture import known
 from dsopt.ops.rope import rope
 from dsopt.rewrite import (
     Bindings,
@@ -121,12 +122,31 @@ def _pairwise(gm: GraphModule, node: Node, found: Bindings, log: Log) -> None:
 
 def _complex(gm: GraphModule, node: Node, found: Bindings, log: Log) -> None:
     x, sizes, table = found["x"], found["sizes"], found["table"]
-    if sizes[-1] != 2 or not val(table).is_complex() or val(node).ndim != val(x).ndim:
+    if not val(table).is_complex() or val(node).ndim != val(x).ndim:
+        return
+    *leading, width = shape(x)
+    pairs = next(n for n in found["inner"] if is_op(n, aten.view_as_complex.default)).args[0]
+    if not isinstance(width, int) or not same_shape(shape(pairs), (*leading, width // 2, 2)):
+        log.miss(node, "the input is cut into other pairs than those of its last dim")
+        return
+    if val(table).is_conj():
+        log.miss(node, "the table is conjugated")
+        return
+    if (reason := _table_mismatch(shape(table), shape(pairs)[:-1])) is not None:
+        log.miss(node, reason)
         return
     emit = Emitter(gm, next(n for n in found["inner"] if is_op(n, aten.mul.Tensor)))
     parts = emit(aten.view_as_real.default, table)
     cos, sin = (emit(aten.select.int, parts, -1, i) for i in (0, 1))
     _emit(gm, node, found, x, cos, sin, (True, True), log)
+
+
+def _table_mismatch(table: tuple, pairs: tuple) -> str | None:
+    """Why a complex table does not multiply pairs one by one, or None."""
+    if len(table) > len(pairs) or not known(table[-1] == pairs[-1]):
+        return "the table does not have one entry for each pair"
+    sizes = zip(reversed(table), reversed(pairs), strict=False)
+    return None if all(known(a == 1) or known(a == b) for a, b in sizes) else "the table broadcasts the input"
 
 
 def _emit(

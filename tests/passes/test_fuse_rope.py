@@ -276,3 +276,52 @@ def test_table_that_widens_the_input_is_a_near_miss():
         "the table broadcasts the input to another shape"
     ]
     assert relative_l2(result.run(*args), half_split(*args)) < 1e-6
+
+
+def complex_table(*lead):
+    angle = torch.randn(*lead, DIM // 2)
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+def complex_rotation_that_stays(fn, *args, reason):
+    result = rewritten(fn, *args, passes=PASSES)
+    assert result.count("dsopt.rope") == 0
+    assert [reason in m["reason"] for m in result.log("fuse_rope").misses] == [True]
+    assert relative_l2(result.run(*args), fn(*args)) < 1e-6
+
+
+def test_complex_rotation_of_flattened_tokens():
+    def rotate(x, table):
+        pairs = torch.view_as_complex(x.reshape(BATCH * TOKENS, HEADS, DIM // 2, 2))
+        return torch.view_as_real(pairs * table).reshape(x.shape)
+
+    x = torch.randn(BATCH, TOKENS, HEADS, DIM)
+    complex_rotation_that_stays(rotate, x, complex_table(BATCH * TOKENS, 1), reason="cut into other pairs")
+
+
+def test_complex_rotation_back():
+    def rotate(x, table):
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * table.conj()).flatten(3)
+
+    x = torch.randn(BATCH, HEADS, TOKENS, DIM)
+    complex_rotation_that_stays(rotate, x, complex_table(TOKENS), reason="conjugated")
+
+
+def test_complex_table_that_broadcasts_the_input():
+    def rotate(x, table):
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * table).flatten(3)
+
+    x = torch.randn(1, HEADS, TOKENS, DIM)
+    complex_rotation_that_stays(rotate, x, complex_table(2, 1, TOKENS), reason="broadcasts the input")
+
+
+def test_rounding_inside_a_rotation_is_kept():
+    def rotate(x, cos, sin):
+        a, b = x[..., : DIM // 2], x[..., DIM // 2 :]
+        return torch.cat(((a * cos - b * sin).bfloat16(), (b * cos + a * sin).bfloat16()), -1).float()
+
+    args = torch.randn(BATCH, HEADS, TOKENS, DIM), *tables(DIM // 2)
+    result = rewritten(rotate, *args, passes=PASSES)
+    assert relative_l2(result.run(*args), rotate(*args)) < 1e-6
