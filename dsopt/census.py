@@ -1,7 +1,8 @@
 """How many sites of each family a captured graph holds, counted without the passes.
 
 The report sets these totals against what the passes matched, so that a miss cannot hide. Everything here
-reads the graph as captured, before any pass, and shares no code with the matchers.
+reads the graph as captured, before any pass, and no matcher decides by it: `is_expanded_latent` only tells
+absorb_mla whether an attention it leaves alone is worth a line in the report.
 
     mla      attention whose keys are expanded from a low-rank latent
     moe      expert layers: grouped GEMMs, or batched ones with gathered weights
@@ -18,6 +19,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch.fx import GraphModule, Node
+
+from dsopt.capture import known
 
 aten = torch.ops.aten
 FAMILIES = ("mla", "moe", "router", "norm", "rope", "mlp")
@@ -36,7 +39,7 @@ def census(gm: GraphModule) -> dict[str, int]:
         "moe": len(first_gemms),
         "router": len(scores),
         "norm": sum(1 for n in nodes if _is_norm(n)),
-        "rope": len({r for n in nodes for r in _rotations(n)}),
+        "rope": len({r for n in nodes for r in (*_rotations(n), *_half_rotations(n))}),
         "mlp": sum(1 for n in nodes if _is_gated_linear(n)),
     }
 
@@ -122,7 +125,7 @@ def is_expanded_latent(key: Node) -> bool:
         ):
             continue
         for origin in _upstream(latent, _is_move_or_norm):
-            if _name(origin) in ("linear", "matmul", "mm") and _in_features(origin) > rank:
+            if _name(origin) in ("linear", "matmul", "mm") and known(_in_features(origin) > rank):
                 return True
     return False
 
@@ -172,10 +175,21 @@ def _is_norm(node: Node) -> bool:
     for mean in _upstream(
         node.args[0], lambda n: _name(n) in _VIEWS or _name(n) in ("add", "clamp", "maximum")
     ):
-        if _name(mean) == "mean":
-            square = next(_upstream(mean.args[0], lambda n: _name(n) in ("to", "_to_copy")), None)
+        total = mean.args[0] if _is_sum_by_count(mean) else mean
+        if total is not mean or _name(mean) == "mean":
+            square = next(_upstream(total.args[0], lambda n: _name(n) in ("to", "_to_copy")), None)
             return square is not None and _name(square) in ("pow", "square", "mul")
     return False
+
+
+def _is_sum_by_count(node: Node) -> bool:
+    """True for a sum over the last axis divided by the length of that axis."""
+    total, count = node.args[:2] if _name(node) == "div" and len(node.args) == 2 else (None, None)
+    if not isinstance(total, Node) or _name(total) != "sum" or not isinstance(count, (int, float)):
+        return False
+    summed = total.args[0].meta["val"]
+    dims = total.args[1] if len(total.args) > 1 else ()
+    return list(dims or ()) in ([-1], [summed.ndim - 1]) and known(summed.shape[-1] == count)
 
 
 def _is_table(node: Node, roots: tuple[str, ...]) -> bool:
@@ -201,6 +215,39 @@ def _rotations(node: Node) -> Iterator[Node]:
         if _name(user) in ("add", "sub", "addcmul"):
             joins = [u for u in user.users if _name(u) in ("cat", "stack") and _only_rotated(u)]
             yield joins[0] if joins else user
+
+
+def _half_rotations(node: Node) -> Iterator[Node]:
+    """`node` if it is x * a + cat(-x2, x1) * b with tables a and b that the graph is given."""
+    if _name(node) != "add" or not all(isinstance(a, Node) and _name(a) == "mul" for a in node.args[:2]):
+        return
+    for plain, turned in (node.args[:2], node.args[1::-1]):
+        for x, a in (plain.args, plain.args[::-1]):
+            for half, b in (turned.args, turned.args[::-1]):
+                if _is_given(a) and _is_given(b) and _is_turned(half, x):
+                    yield node
+                    return
+
+
+def _is_given(table: object) -> bool:
+    return isinstance(table, Node) and _without_views(table).op == "placeholder"
+
+
+def _is_turned(node: object, x: object) -> bool:
+    """True for cat(-x2, x1) of the halves of x."""
+    if not isinstance(node, Node) or not isinstance(x, Node) or _name(node) != "cat":
+        return False
+    parts = node.args[0]
+    if len(parts) != 2 or _name(parts[0]) != "neg" or _name(parts[1]) == "neg":
+        return False
+    sources = {_without_views(parts[0].args[0]), _without_views(parts[1]), _without_views(x)}
+    return len(sources) == 1 and parts[1] is not x
+
+
+def _without_views(node: Node) -> Node:
+    while _name(node) in _VIEWS and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _only_rotated(join: Node) -> bool:

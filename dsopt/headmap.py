@@ -147,7 +147,7 @@ def _head_map(
     latent: Node, w: Node, order: tuple[int, ...] | None, axes: list[Axis], offset: int
 ) -> HeadMap | str:
     shaped = len(axes) == 4 and not axes[0].is_rows and not axes[2].is_rows and axes[3].is_rows
-    if not shaped or axes[3].stride != 1 or (not axes[1].is_rows and axes[1].size != 1):
+    if not shaped or axes[3].stride != 1 or (not axes[1].is_rows and not known(axes[1].size == 1)):
         return "the expanded tensor is not (batch, heads, tokens, dim)"
     leads = [None if known(a.size == 1) else a.lead for a in (axes[0], axes[2])]
     if leads[0] not in (None, 0) or leads[1] not in (None, val(latent).ndim - 2):

@@ -31,6 +31,7 @@ def norm(x, w=1.0):
         lambda x: x / torch.sqrt(x.square().mean(-1, keepdim=True) + 1e-6),
         lambda x: x * ((x * x).mean(-1, keepdim=True) + 1e-6) ** -0.5,
         lambda x: F.rms_norm(x, (32,)),
+        lambda x: x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) / 32 + 1e-6),
         # what the pass refuses is a site all the same
         lambda x: x * (torch.rsqrt(x.pow(2).mean(-1, keepdim=True)) + 1e-6),
         lambda x: x.bfloat16() * torch.rsqrt(x.bfloat16().float().pow(2).mean(-1, keepdim=True) + 1e-6),
@@ -45,7 +46,15 @@ def test_norms_are_counted_one_by_one():
 
 
 @pytest.mark.parametrize(
-    "fn", [lambda x: F.layer_norm(x, (32,)), lambda x: torch.rsqrt(x.abs() + 1), lambda x: x.softmax(-1)]
+    "fn",
+    [
+        lambda x: F.layer_norm(x, (32,)),
+        lambda x: x / torch.sqrt(x.pow(2).sum(-1, keepdim=True) / 31 + 1e-6),
+        lambda x: x / torch.sqrt(x.pow(2).sum(-1, keepdim=True) + 1e-6),
+        lambda x: x * x[:1] + x * x[:1],
+        lambda x: torch.rsqrt(x.abs() + 1),
+        lambda x: x.softmax(-1),
+    ],
 )
 def test_what_is_no_norm(fn):
     assert totals(fn, X) == {}
@@ -54,6 +63,29 @@ def test_what_is_no_norm(fn):
 def rotate_half(x):
     a, b = x.chunk(2, -1)
     return torch.cat((-b, a), -1)
+
+
+def test_rotations_by_tables_that_are_given():
+    tables = torch.randn(2, 3, 32)
+    assert totals(lambda x, c, s: x * c[0] + rotate_half(x) * s[0], X, tables, tables) == {"rope": 1}
+    assert totals(lambda x, c, s: x * c[0] + rotate_half(x + 1) * s[0], X, tables, tables) == {}
+    assert totals(lambda x, c, s: x * c.exp()[0] + rotate_half(x) * s[0], X, tables, tables) == {}
+
+
+def test_counting_adds_no_guard():
+    from dsopt.capture import guard_count
+
+    def attention(x, a, b):
+        k = x @ a @ b
+        return F.scaled_dot_product_attention(x[:, None], k[:, None], k[:, None])
+
+    rank, out = torch.randn(32, 12), torch.randn(12, 32)
+    torch._dynamo.mark_dynamic(rank, 1)
+    torch._dynamo.mark_dynamic(out, 0)
+    graph = rewritten(attention, X, rank, out, passes=()).graphs[-1]
+    before = guard_count(graph)
+    census(graph)
+    assert guard_count(graph) == before
 
 
 def half_split(x, angle):
