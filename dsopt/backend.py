@@ -168,7 +168,9 @@ def _optimize(
     report.totals = census(graph)
     report.passes = run_pipeline(graph, choices.passes, report.name)
     if guard_count(graph) != guards:
-        raise RuntimeError("the census or a pass added a shape guard; sizes are compared through `known` only")
+        raise RuntimeError(
+            "the census or a pass added a shape guard; sizes are compared through `known` only"
+        )
     report.kernels = lower(graph, choices.prefer())
     report.nodes_after = len(graph.graph.nodes)
     dump(graph, f"{report.name}.lowered")

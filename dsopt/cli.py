@@ -230,6 +230,8 @@ def compile(
     from dsopt.progress import Steps
     from dsopt.trial import Request, run
 
+    if wrong := [item for item in kernel or [] if not all(item.partition("="))]:
+        raise _fail(f"--kernel takes OP=BACKEND, such as rms_norm=torch, got {wrong[0]!r}")
     chosen = dict(item.partition("=")[::2] for item in kernel or [])
     console = _console(json_file)
     try:

@@ -29,18 +29,20 @@ def run_pipeline(gm: GraphModule, passes: Sequence[str] | None = None, name: str
     """Runs passes over a captured graph in place and says what each did.
 
     passes: names of modules in `dsopt.passes`, in order; PIPELINE by default. Raises ValueError for an
-    unknown name, before the graph is changed, and EffectError if a pass moved a read across a write.
+    unknown name or a bad DSOPT_FUEL, before the graph is changed, and EffectError if a pass moved a read
+    across a write.
 
     DSOPT_DUMP=dir writes the graph before the first and after each pass to `dir/<name>.<step>.<pass>.txt`.
     DSOPT_FUEL=n stops after n rewrites, to find the one that is wrong by bisection.
     """
     modules = [load_pass(p) for p in (PIPELINE if passes is None else passes)]
-    fuel = [int(os.environ["DSOPT_FUEL"])] if "DSOPT_FUEL" in os.environ else None
+    limit = fuel()
+    left = None if limit is None else [limit]
     dump(gm, f"{name}.0.captured")
     logs = []
     before = effects(gm)
     for step, module in enumerate(modules, 1):
-        log = Log(module.__name__.rpartition(".")[2], Order(gm), fuel)
+        log = Log(module.__name__.rpartition(".")[2], Order(gm), left)
         logs.append(log)
         try:
             module.run(gm, log)
@@ -54,6 +56,16 @@ def run_pipeline(gm: GraphModule, passes: Sequence[str] | None = None, name: str
             break
     gm.recompile()
     return logs
+
+
+def fuel() -> int | None:
+    """The number of rewrites that DSOPT_FUEL allows, or None. Raises ValueError for what is no such number."""
+    given = os.environ.get("DSOPT_FUEL")
+    if not given:
+        return None
+    if not given.strip().isdecimal():
+        raise ValueError(f"DSOPT_FUEL must be a whole number of rewrites, got {given!r}")
+    return int(given)
 
 
 def load_pass(name: str):

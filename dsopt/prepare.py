@@ -17,16 +17,20 @@ def compile(model: Module, **options: Any) -> Module:
     """A shallow copy of a model, sharing its weights, whose calls and whose `generate` run compiled by dsopt.
 
     The model given is left as it was. Weights, buffers and submodules are the same objects in both, so
-    training, quantizing or moving one does so to the other. The copy's generation config names dsopt for the
-    compilation that transformers starts itself on accelerators.
+    training, quantizing or moving one does so to the other, and train() or eval() of one switches the other's
+    submodules. Hooks of the model itself, unlike its submodules', are each one's own from then on. The copy's
+    generation config names dsopt for the compilation that transformers starts itself on accelerators.
 
     options: fields of `dsopt.Options`. Raises ValueError naming what is known for an unknown option, op,
-    backend or pass, and TypeError if `model` is no module; nothing is changed then.
+    backend or pass, and TypeError for one of another type or if `model` is no module; nothing is changed then.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     Options.of(options)
     fast = copy.copy(model)
+    for name, value in vars(model).items():
+        if name.startswith(("_forward_", "_backward_")) and "hooks" in name and isinstance(value, dict):
+            setattr(fast, name, value.copy())
     fast.compile(backend=dsopt_backend, options=options or None)
     device = next((p.device.type for p in model.parameters()), "cpu")
     if hasattr(model, "generation_config"):

@@ -86,8 +86,11 @@ def run(request: Request, step: Callable[..., None]) -> tuple[dict[str, Any], An
     from transformers import StaticCache
 
     import dsopt
+    from dsopt.backend import Options, check_environment
     from dsopt.compare import quiet, random_tokens
 
+    Options.of({"kernels": request.kernels})
+    check_environment()
     quiet()
     model = build(request, step)
     fast = dsopt.compile(model, kernels=dict(request.kernels)) if request.kernels else dsopt.compile(model)

@@ -70,6 +70,63 @@ def test_unknown_names_list_the_known(options, message):
         torch.compile(model, backend=dsopt_backend, options=options)(IDS)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kernels": "torch"}, "kernels must be a mapping of op names to backends, got 'torch'"),
+        ({"passes": "canonicalize"}, "passes must be a sequence of pass names or None, got the string"),
+        ({"passes": 3}, "passes must be a sequence of pass names or None, got 3"),
+        ({"strict": "no"}, "strict must be True or False, got 'no'"),
+    ],
+)
+def test_wrong_types_name_the_accepted(options, message):
+    with pytest.raises(TypeError, match=message):
+        dsopt.Options.of(options)
+    with torch.no_grad(), pytest.raises(Exception, match=message):
+        torch.compile(Tiny(), backend=dsopt_backend, options=options)(IDS)
+
+
+def test_options_must_be_a_mapping():
+    with pytest.raises(TypeError, match="options must be a mapping of option names to values, got 3"):
+        dsopt.Options.of(3)
+
+
+def test_an_unknown_mode_lists_the_known():
+    with pytest.raises(Exception, match="unknown mode 'fastest'; known modes: default, reduce-overhead"):
+        torch.compile(Tiny(), backend=dsopt_backend, mode="fastest")(IDS)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("DSOPT_FUEL", "some"), ("DSOPT_FUEL", "-1"), ("DSOPT_ISA", "avx9")]
+)
+def test_a_bad_variable_raises(monkeypatch, name, value):
+    if name == "DSOPT_ISA":
+        pytest.importorskip("dsopt._cpu")
+    monkeypatch.setenv(name, value)
+    with torch.no_grad(), pytest.raises(Exception, match=rf"ValueError: {name}.*{value}"):
+        torch.compile(Tiny(), backend=dsopt_backend)(IDS)
+
+
+def test_a_shape_guard_of_a_pass_is_an_error(monkeypatch):
+    counts = iter((0, 1))
+    monkeypatch.setattr("dsopt.backend.guard_count", lambda gm: next(counts))
+    with torch.no_grad(), pytest.raises(Exception, match="the census or a pass added a shape guard"):
+        compiled(Tiny())(IDS)
+
+
+def test_hooks_of_the_copy_are_its_own():
+    model, calls = Tiny(), []
+    model.register_forward_hook(lambda *_: calls.append("before"))
+    fast = dsopt.compile(model, **EAGER)
+    fast.register_forward_hook(lambda *_: calls.append("copy"), always_call=True)
+    fast.register_forward_pre_hook(lambda module, args, kwargs: calls.append("pre"), with_kwargs=True)
+    with torch.no_grad():
+        model(IDS)
+        assert calls == ["before"]
+        fast(IDS)
+    assert calls == ["before", "pre", "before", "copy"]
+
+
 def test_disabling_an_unknown_backend_raises(monkeypatch):
     monkeypatch.setenv("DSOPT_DISABLE", "gpux")
     with torch.no_grad(), pytest.raises(Exception, match="known backends"):

@@ -71,6 +71,16 @@ def test_compile_reports_what_was_fused(call, model):
     assert all(kernel["calls"] > 0 for graph in found["graphs"] for kernel in graph["kernels"])
 
 
+def test_compile_checks_what_it_is_asked_before_filling_weights(call, monkeypatch):
+    monkeypatch.setattr("dsopt.trial.build", lambda *_: pytest.fail("weights were filled"))
+    for given, message in (("rms_norm", "OP=BACKEND"), ("rms_norm=gpux", "known backends")):
+        result = call("compile", "v2-lite", "--tiny", "--kernel", given)
+        assert result.exit_code == 1 and message in result.stderr
+    monkeypatch.setenv("DSOPT_FUEL", "some")
+    result = call("compile", "v2-lite", "--tiny")
+    assert result.exit_code == 1 and "DSOPT_FUEL" in result.stderr
+
+
 def test_compile_takes_a_folder_and_a_kernel_choice(call, tmp_path):
     presets.config(presets.tiny(presets.v3())).save_pretrained(tmp_path)
     result = call(
