@@ -13,7 +13,20 @@ from torch.fx import GraphModule, Node
 
 from dsopt.capture import known
 from dsopt.effects import between
-from dsopt.rewrite import Emitter, Log, argument, aten, is_inner_dim, is_op, is_tensor, replace, shape, val
+from dsopt.rewrite import (
+    Emitter,
+    Log,
+    argument,
+    aten,
+    is_float_cast,
+    is_inner_dim,
+    is_op,
+    is_tensor,
+    replace,
+    same_shape,
+    shape,
+    val,
+)
 
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
 _POINTWISE = (aten.to.dtype, aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor)
@@ -27,7 +40,7 @@ def run(gm: GraphModule, log: Log) -> None:
         if is_op(node, *_SOFTMAX):
             found = _read(node)
             if isinstance(found, Attention):
-                leaves = (found.q[0], found.k[0], found.v[0], found.mask, *(found.fill or ())[:1])
+                leaves = (found.q[0], found.k[0], found.v[0], found.mask, found.fill)
                 found = log.moved(between(found.out, leaves), found.out) or found
             if isinstance(found, str):
                 log.miss(node, found)
@@ -47,7 +60,7 @@ class Attention:
     result: list[int]
     scale: float
     mask: Node | None
-    fill: tuple[Node, float] | None
+    fill: Node | None
     mask_order: list[int]
 
 
@@ -72,6 +85,7 @@ def _read(softmax: Node) -> Attention | str | None:
             return f"the attention weights have {len(weights.users)} readers"
         if not is_op(reader, aten.to.dtype):
             break
+        between.append(weights)
         weights = reader
     for node in (*between, product):
         if len(node.users) != 1:
@@ -100,13 +114,47 @@ def _read(softmax: Node) -> Attention | str | None:
     d = set(v_axes) - {b, h, t}
     if len(d) != 1 or set(v_axes) != {b, h, t, *d} or set(result) != {b, h, s, *d}:
         return "the weights are not multiplied with values as softmax(scores) @ v"
+    if not same_shape(shape(softmax), shape(product)):
+        return "the mask broadcasts the scores to another shape"
+    dtype = val(v).dtype
+    if not all(_is_as_wide(n, dtype) for n in (*between, weights, softmax)):
+        return f"scores or weights are rounded to less than the values' {dtype}"
     order = [
-        (q, _order(q_axes, (b, h, s, *depth))),
-        (k, _order(k_axes, (b, h, t, *depth))),
+        _uncast(q, _order(q_axes, (b, h, s, *depth)), dtype),
+        _uncast(k, _order(k_axes, (b, h, t, *depth)), dtype),
         (v, _order(v_axes, (b, h, t, *d))),
     ]
+    if any(val(x).dtype != dtype for x, _ in order):
+        return "queries, keys and values are not of one dtype"
     result = _order("".join((b, h, s, *d)), result)
     return Attention(reader, *order, result, scale, mask, fill, to_heads_first)
+
+
+def _is_as_wide(node: Node, dtype: torch.dtype) -> bool:
+    """False for a cast, or a softmax with a dtype, that rounds to less than `dtype` or to no float."""
+    if not is_op(node, aten.to.dtype, *_SOFTMAX):
+        return True
+    if is_op(node, aten.to.dtype) and not is_float_cast(node):
+        return False
+    old, new = val(node.args[0]).dtype, val(node).dtype
+    return new in (torch.promote_types(old, new), torch.promote_types(new, dtype))
+
+
+def _widens(cast: Node) -> bool:
+    return torch.promote_types(val(cast.args[0]).dtype, val(cast).dtype) == val(cast).dtype
+
+
+def _uncast(node: Node, order: list[int], dtype: torch.dtype) -> tuple[Node, list[int]]:
+    """The tensor of `dtype` that was widened to `node`, if any, and the axes that bring it to `order`."""
+    source, axes = node, order
+    while val(source).dtype != dtype:
+        if is_op(source, aten.permute.default):
+            source, axes = source.args[0], [source.args[1][i] for i in axes]
+        elif is_float_cast(source) and _widens(source):
+            source = source.args[0]
+        else:
+            return node, order
+    return source, axes
 
 
 def _order(axes: str, wanted) -> list[int]:
@@ -124,6 +172,8 @@ def _scores(softmax: Node):
             step = node.args[0]
         elif is_op(node, aten.mul.Tensor, aten.div.Tensor) and not is_tensor(node.args[1]):
             factor = node.args[1]
+            if not isinstance(factor, (int, float)) or (factor == 0 and is_op(node, aten.div.Tensor)):
+                return "the scale of the scores is not a number", _product_above(node)
             scale = scale * factor if is_op(node, aten.mul.Tensor) else scale / factor
             step = node.args[0]
         elif (
@@ -140,9 +190,9 @@ def _scores(softmax: Node):
                 return None, None
         elif is_op(node, aten.masked_fill.Scalar) and mask is None and fill is None and scale == 1.0:
             step, hidden, value = node.args
-            if value > _HIDDEN:
+            if not isinstance(value, (int, float)) or value > _HIDDEN:
                 return None, None
-            fill = (hidden, value)
+            fill = hidden
         elif _axes(node) is not None:
             return (scale, mask, fill, between), node
         else:
@@ -200,20 +250,21 @@ def _rewrite(gm: GraphModule, found: Attention) -> None:
         return node if order == [0, 1, 2, 3] else emit(aten.permute.default, node, order)
 
     def heads_first(mask: Node) -> Node:
-        if found.mask_order == [0, 1, 2, 3]:
+        if found.mask_order == [0, 1, 2, 3] and val(mask).ndim >= 2:
             return mask
         for _ in range(4 - val(mask).ndim):
             mask = emit(aten.unsqueeze.default, mask, 0)
-        return emit(aten.permute.default, mask, found.mask_order)
+        return ordered(mask, found.mask_order)
 
     q, k, v = (ordered(*x) for x in (found.q, found.k, found.v))
     mask = found.mask if found.mask is None else heads_first(found.mask)
     if found.fill is not None:
-        hidden, value = found.fill
-        hidden = heads_first(hidden)
-        zeros = emit(aten.zeros_like.default, hidden, dtype=torch.float32)
-        mask = emit(aten.masked_fill.Scalar, zeros, hidden, max(value, torch.finfo(torch.float32).min))
-    if mask is not None and val(mask).dtype not in (val(q).dtype, torch.bool, torch.float32):
+        hidden = heads_first(found.fill)
+        dtype = torch.promote_types(val(q).dtype, torch.float32)
+        zeros = emit(aten.zeros_like.default, hidden, dtype=dtype)
+        # a score vanishes beside the lowest value, so that a row with nothing else is uniform as in eager
+        mask = emit(aten.masked_fill.Scalar, zeros, hidden, torch.finfo(dtype).min)
+    if mask is not None and val(mask).dtype not in (val(q).dtype, torch.float32):
         mask = emit(aten.to.dtype, mask, val(q).dtype)
     out = emit(aten.scaled_dot_product_attention.default, q, k, v, mask, scale=float(found.scale))
     replace(found.out, out if found.result == [0, 1, 2, 3] else emit(aten.permute.default, out, found.result))

@@ -190,6 +190,39 @@ def test_dynamic_shapes():
     assert len(result.graphs) == 1
 
 
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int32], ids=str)
+def test_added_flags_are_numbers(mask_dtype):
+    def attention(q, k, v, mask):
+        return (q @ k.mT * SCALE + mask).softmax(-1) @ v
+
+    check(attention, *qkv(), (torch.rand(2, 1, 4, 6) > 0.5).to(mask_dtype))
+
+
+@pytest.mark.parametrize("sizes", [(), (6,), (4, 6), (3, 4, 6)], ids=str)
+def test_added_mask_of_any_rank(sizes):
+    def attention(q, k, v, mask):
+        return (q @ k.mT * SCALE + mask).softmax(-1) @ v
+
+    check(attention, *qkv(), torch.randn(sizes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_all_hidden_by_a_large_value_is_uniform(dtype):
+    def attention(q, k, v, hidden):
+        return (q @ k.mT * SCALE).masked_fill(hidden, -1e12).softmax(-1) @ v
+
+    hidden = torch.zeros(2, 1, 4, 6, dtype=torch.bool)
+    hidden[1, :, 2] = True
+    check(attention, *qkv(dtype), hidden)
+
+
+def test_queries_and_keys_widened_before_the_product():
+    def attention(q, k, v):
+        return ((q.float() @ k.float().mT) * SCALE).softmax(-1).to(v.dtype) @ v
+
+    check(attention, *qkv(torch.bfloat16), tolerance=TOLERANCE[torch.bfloat16])
+
+
 def stays(fn, *args, reason=None):
     result = rewritten(fn, *args, passes=PASSES)
     log = result.log("canonicalize_attention")
@@ -293,3 +326,34 @@ def test_router_softmax_is_left_alone():
     result = rewritten(route, torch.randn(5, 8), torch.randn(6, 8), passes=PASSES)
     assert result.log("canonicalize_attention").rewrites == 0
     assert result.log("canonicalize_attention").misses == []
+
+
+def test_values_of_another_dtype():
+    def attention(q, k, v):
+        return (q @ k.mT * SCALE).softmax(-1).to(v.dtype) @ v
+
+    q, k, v = qkv()
+    stays(attention, q, k, v.double(), reason="not of one dtype")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn, torch.bfloat16], ids=str)
+def test_rounding_of_scores_and_weights_is_kept(dtype):
+    def scores(q, k, v):
+        return (q @ k.mT).to(dtype).float().softmax(-1) @ v
+
+    def weights(q, k, v):
+        return (q @ k.mT).softmax(-1).to(dtype).float() @ v
+
+    stays(scores, *qkv())
+    stays(weights, *qkv(), reason="rounded")
+
+
+def test_scale_computed_from_sizes():
+    def attention(q, k, v):
+        return (q @ k.mT / q.shape[2]).softmax(-1) @ v
+
+    result = rewritten(attention, *qkv(), passes=PASSES, dynamic=True)
+    assert result.log("canonicalize_attention").rewrites == 0
+    assert "not a number" in result.log("canonicalize_attention").misses[0]["reason"]
+    args = qkv(new=5)
+    assert relative_l2(result.run(*args), attention(*args)) < 1e-5
