@@ -138,9 +138,9 @@ def _cast(gm: GraphModule, node: Node) -> Node | None:
     old, new = val(x), val(node)
     if old.device != new.device or old.layout != new.layout:
         return None
-    if "memory_format" in (a.name for a in node.target._schema.arguments):
-        if argument(node, "memory_format") not in (None, torch.preserve_format):
-            return None
+    takes_format = any(a.name == "memory_format" for a in node.target._schema.arguments)
+    if takes_format and argument(node, "memory_format") not in (None, torch.preserve_format):
+        return None
     if old.dtype == new.dtype:
         copies = node.target is aten._to_copy.default or True in (node.kwargs.get("copy"), *node.args[2:])
         return None if copies else x

@@ -121,7 +121,7 @@ def _pairwise(gm: GraphModule, node: Node, found: Bindings, log: Log) -> None:
 
 
 def _complex(gm: GraphModule, node: Node, found: Bindings, log: Log) -> None:
-    x, sizes, table = found["x"], found["sizes"], found["table"]
+    x, table = found["x"], found["table"]
     if not val(table).is_complex() or val(node).ndim != val(x).ndim:
         return
     *leading, width = shape(x)
