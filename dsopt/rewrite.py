@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -264,7 +265,7 @@ class Cast(Pattern):
         # from the inside out, so that a variable binds what was cast rather than the cast
         for i in reversed(range(len(chain))):
             dtypes = [val(c).dtype for c in chain[: i + 1]] if i else []
-            rounded = [a for a, b in zip(dtypes, dtypes[1:], strict=False) if torch.promote_types(a, b) != a]
+            rounded = [a for a, b in pairwise(dtypes) if torch.promote_types(a, b) != a]
             behind = {"inner": [*found.get("inner", ()), *chain[:i]]}
             behind["rounded"] = [*found.get("rounded", ()), *rounded]
             yield from self.inner.match(chain[i], {**found, **behind} if i else found)
