@@ -229,5 +229,7 @@ def test_a_graph_dsopt_cannot_take_says_why(monkeypatch):
 
     monkeypatch.setattr(sys.modules["dsopt.verify"], "run_pipeline", fail)
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"cannot take a graph of this model.*RuntimeError: no such luck"):
+        with pytest.raises(
+            ValueError, match=r"cannot take a graph of this model.*RuntimeError: no such luck"
+        ):
             dsopt.verify(Norm(), torch.randn(4, 8))
