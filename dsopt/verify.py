@@ -85,7 +85,7 @@ class Verification:
 
 
 @dataclass(frozen=True)
-class _Session:
+class _Comparison:
     """One `verify` call, as the graphs that run in it see it. own: where the model's own tensors lie."""
 
     result: Verification
@@ -99,7 +99,7 @@ class _Session:
         self.result.sites.append(SiteError(site, kernel, _error(got, want), allowed))
 
 
-_CURRENT: contextvars.ContextVar[_Session] = contextvars.ContextVar("verification")
+_CURRENT: contextvars.ContextVar[_Comparison] = contextvars.ContextVar("verification")
 
 
 def verify(
@@ -123,14 +123,14 @@ def verify(
     """
     choices = Options.of(options)
     args, kwargs = _call_arguments(copy.deepcopy(inputs))
-    session = _Session(Verification(), tolerance, _storages(model))
-    token = _CURRENT.set(session)
+    comparison = _Comparison(Verification(), tolerance, _storages(model))
+    token = _CURRENT.set(comparison)
     try:
         with torch.no_grad():
             torch.compile(model.forward, backend=_Comparing(choices))(*args, **kwargs)
     finally:
         _CURRENT.reset(token)
-    result = session.result
+    result = comparison.result
     if not result.sites:
         raise ValueError(
             "dsopt rewrote nothing in this model, so there is nothing to verify; see dsopt.report"
@@ -218,7 +218,7 @@ class _Comparing:
             return [x.clone() if i in mutated else x for i, x in enumerate(args)]
 
         def run(*args):
-            session = _CURRENT.get()
+            comparison = _CURRENT.get()
             written_by_eager = copies(args)
             with torch.random.fork_rng():
                 outputs = gm(*written_by_eager)
@@ -228,15 +228,15 @@ class _Comparing:
                     keep.run(*copies(args))
                 written_by_dsopt = copies(args)
                 with torch.random.fork_rng():
-                    ours = _Compare(fused, keep.values, session).run(*written_by_dsopt)
+                    ours = _Compare(fused, keep.values, comparison).run(*written_by_dsopt)
                 for i, (got, want) in enumerate(zip(ours, outputs, strict=True)):
-                    session.add(f"output {i}", "graph", got, want)
+                    comparison.add(f"output {i}", "graph", got, want)
                 for i in sorted(mutated):
                     before, got, want = args[i], written_by_dsopt[i], written_by_eager[i]
                     if not (torch.equal(before, got) and torch.equal(before, want)):
-                        session.add(f"write of input {i}", "graph", got, want)
+                        comparison.add(f"write of input {i}", "graph", got, want)
             for i in mutated:  # later graphs of this call go on from there
-                if args[i].untyped_storage().data_ptr() not in session.own:
+                if args[i].untyped_storage().data_ptr() not in comparison.own:
                     args[i].copy_(written_by_eager[i])
             return outputs
 
@@ -286,14 +286,14 @@ class _Keep(Interpreter):
 class _Compare(Interpreter):
     """Runs a rewritten graph; where a kernel's value has an eager counterpart, compares and goes on with eager's."""
 
-    def __init__(self, gm: GraphModule, expected: Mapping[str, torch.Tensor], session: _Session):
+    def __init__(self, gm: GraphModule, expected: Mapping[str, torch.Tensor], comparison: _Comparison):
         super().__init__(gm)
-        self.expected, self.session = expected, session
+        self.expected, self.comparison = expected, comparison
 
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
         want, kernel = self.expected.get(n.meta.get("origin")), _kernel_of(n)
         if want is None or kernel is None or not isinstance(value, torch.Tensor):
             return value
-        self.session.add(module_path(n) or n.name, kernel, value, want)
+        self.comparison.add(module_path(n) or n.name, kernel, value, want)
         return want
