@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 import warnings
 import weakref
@@ -93,7 +94,8 @@ def check_environment() -> None:
         from dsopt import _cpu
     except ImportError:  # not built here, so that nothing reads DSOPT_ISA
         return
-    _cpu.isa()
+    if "DSOPT_ISA" in os.environ:
+        _cpu.set_isa("")  # reads the variable again: it may have changed since the first kernel ran
 
 
 def dsopt_backend(
