@@ -75,7 +75,9 @@ def _need_transformers(at_least: tuple[int, int]) -> None:
 
 @app.command()
 def demo(
-    quick: Annotated[bool, typer.Option(help="V2-Lite at 3 layers only, in about 3 minutes.")] = False,
+    quick: Annotated[
+        bool, typer.Option(help="V2-Lite at 3 layers only, without the slowest figures.")
+    ] = False,
     layers: Annotated[int | None, typer.Option(min=1, help="At most so many layers a model.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads, instead of PyTorch's choice.")] = None,
     json_file: Json = None,

@@ -145,9 +145,6 @@ class Pattern:
     def match(self, value: Any, found: Bindings) -> Iterator[Bindings]:
         raise NotImplementedError
 
-    def __or__(self, other: Pattern) -> Pattern:
-        return Either((self, other))
-
 
 @dataclass(frozen=True)
 class Var(Pattern):
@@ -173,15 +170,6 @@ class Const(Pattern):
     def match(self, value, found):
         if not isinstance(value, Node) and value == self.value:
             yield found
-
-
-@dataclass(frozen=True)
-class Either(Pattern):
-    options: tuple[Pattern, ...]
-
-    def match(self, value, found):
-        for option in self.options:
-            yield from option.match(value, found)
 
 
 @dataclass(frozen=True)
