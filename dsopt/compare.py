@@ -191,7 +191,7 @@ class Comparison:
 
 def errors(logits: dict[str, torch.Tensor]) -> dict[str, float]:
     """Relative L2 distance of each way's logits from eager's."""
-    from dsopt.testing import relative_l2
+    from dsopt.numerics import relative_l2
 
     return {
         w: relative_l2(y, logits["eager"]) for w, y in logits.items() if w != "eager" and "eager" in logits

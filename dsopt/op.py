@@ -11,7 +11,7 @@ import functools
 import importlib
 import os
 import pkgutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from types import ModuleType
@@ -21,10 +21,16 @@ import torch
 
 import dsopt.kernels
 from dsopt import autograd
+from dsopt.numerics import relative_l2
 
 LIBRARY = torch.library.Library("dsopt", "DEF")
 ENTRY_POINT_GROUP = "dsopt.kernels"
 REFERENCE = "reference"
+
+
+def largest_error(args: tuple, got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> float:
+    """The largest relative L2 error among some results."""
+    return max((relative_l2(a, b) for a, b in zip(got, want, strict=True)), default=0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +41,10 @@ class Op:
     schema: argument list and returns in torch's schema language, without the name.
     reference: plain PyTorch, one formula, right in every float dtype; never returns a view of an input.
     samples: `samples(device, dtype)` yields tuples of arguments that cover the op's corners.
-    tolerance: dtype -> largest relative L2 error of a kernel against the reference in float64.
+    tolerance: dtype of the first argument -> largest `error` of a kernel against the reference in float64.
+    fake: shapes and dtypes of the results for fake tensors; the reference by default, if it can be traced.
+    error: `error(args, got, want)` is the distance of two lists of results; by default the largest relative L2
+        error of one of them. An op whose results may rightly differ (ties of a choice) says which may.
     """
 
     name: str
@@ -45,12 +54,14 @@ class Op:
     tolerance: Mapping[torch.dtype, float] = field(
         default_factory=lambda: {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
     )
+    fake: Callable[..., Any] | None = None
+    error: Callable[[tuple, Sequence[torch.Tensor], Sequence[torch.Tensor]], float] = largest_error
 
     def __post_init__(self):
         qualname = f"dsopt::{self.name}"
         LIBRARY.define(self.name + self.schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
-        torch.library.register_fake(qualname, self.reference, lib=LIBRARY)
+        torch.library.register_fake(qualname, self.fake or self.reference, lib=LIBRARY)
         autograd.register(qualname, lambda *args: self.reference(*self.bind(args)), LIBRARY)
 
     @property

@@ -19,7 +19,7 @@ from dsopt.capture import capture, module_path
 from dsopt.effects import bases, written
 from dsopt.lower import lower
 from dsopt.pipeline import run_pipeline
-from dsopt.testing import relative_l2
+from dsopt.numerics import relative_l2
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 TOLERANCE |= {torch.complex128: 1e-6, torch.complex64: 1e-4}

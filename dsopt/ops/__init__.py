@@ -2,10 +2,22 @@
 
 from dsopt.op import Op
 from dsopt.ops.attention import mla_attention
+from dsopt.ops.experts import moe_experts
 from dsopt.ops.linear import gated_mlp, multi_linear
 from dsopt.ops.norm import add_rms_norm, rms_norm
 from dsopt.ops.rope import rope
+from dsopt.ops.route import moe_route
 
 OPS: dict[str, Op] = {
-    op.name: op for op in (rms_norm, add_rms_norm, rope, multi_linear, gated_mlp, mla_attention)
+    op.name: op
+    for op in (
+        rms_norm,
+        add_rms_norm,
+        rope,
+        multi_linear,
+        gated_mlp,
+        mla_attention,
+        moe_route,
+        moe_experts,
+    )
 }

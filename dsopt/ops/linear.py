@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from dsopt.op import Op
-from dsopt.testing import rand
+from dsopt.numerics import rand
 
 
 def multi_linear_reference(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from dsopt.op import Op
-from dsopt.testing import rand
+from dsopt.numerics import rand
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:

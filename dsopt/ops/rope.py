@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from dsopt.op import Op
-from dsopt.testing import rand
+from dsopt.numerics import rand
 
 
 def rope_reference(
