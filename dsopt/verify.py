@@ -18,8 +18,8 @@ from dsopt.backend import Options, _not_ours
 from dsopt.capture import capture, module_path
 from dsopt.effects import bases, written
 from dsopt.lower import lower
-from dsopt.pipeline import run_pipeline
 from dsopt.numerics import relative_l2
+from dsopt.pipeline import run_pipeline
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 TOLERANCE |= {torch.complex128: 1e-6, torch.complex64: 1e-4}

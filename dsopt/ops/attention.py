@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from dsopt.op import Op
 from dsopt.numerics import rand
+from dsopt.op import Op
 
 
 def mla_attention_reference(

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.nn import functional as F
 
-from dsopt.op import Op
 from dsopt.numerics import rand
+from dsopt.op import Op
 
 SCORES = {
     "softmax": lambda logits: logits.softmax(-1),
