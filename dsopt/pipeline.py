@@ -42,7 +42,7 @@ def run_pipeline(gm: GraphModule, passes: Sequence[str] | None = None, name: str
     logs = []
     before = effects(gm)
     for step, module in enumerate(modules, 1):
-        log = Log(module.__name__.rpartition(".")[2], Order(gm), left)
+        log = Log(module.__name__.rpartition(".")[2], Order(gm), left, getattr(module, "FAMILY", None))
         logs.append(log)
         try:
             module.run(gm, log)

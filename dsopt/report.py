@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -49,7 +50,7 @@ class GraphReport:
 
     def matched(self) -> dict[str, tuple[int, int]]:
         """(matched, total) by family. What a pass matched is a site even where the census saw none."""
-        hits = {f: sum(log.families.get(f, 0) for log in self.passes) for f in FAMILIES}
+        hits = Counter(hit["family"] for log in self.passes for hit in log.hits)
         return {f: (hits[f], max(hits[f], self.totals.get(f, 0))) for f in FAMILIES}
 
     def to_dict(self) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -67,25 +68,35 @@ class OutOfFuel(Exception):
 class Log:
     """What one pass did: `hit` before each rewrite, `miss` for each near miss and why it stayed.
 
-    families counts hits by site family (`mla`, `norm`, ...), for the report. order knows the graph's writes.
+    hits: {"family", "site"} of each rewrite of a site family (`mla`, `norm`, ...); misses: {"site", "reason"}.
+    family: what the pass's misses are about, its module's `FAMILY`. order knows the graph's writes.
     """
 
     name: str
     order: Order
     fuel: list[int] | None = None
+    family: str | None = None
     rewrites: int = 0
-    families: dict[str, int] = field(default_factory=dict)
+    hits: list[dict[str, str]] = field(default_factory=list)
     misses: list[dict[str, str]] = field(default_factory=list)
 
-    def hit(self, family: str | None = None) -> None:
-        """Counts one rewrite, about to be made. Raises OutOfFuel instead when the budget is spent."""
+    def hit(self, family: str | None = None, node: Node | None = None) -> None:
+        """Counts one rewrite, about to be made. Raises OutOfFuel instead when the budget is spent.
+
+        family: what kind of site it is, for the report; node: where the site ends.
+        """
         if self.fuel is not None:
             if self.fuel[0] <= 0:
                 raise OutOfFuel
             self.fuel[0] -= 1
         self.rewrites += 1
         if family is not None:
-            self.families[family] = self.families.get(family, 0) + 1
+            self.hits.append({"family": family, "site": "" if node is None else site(node)})
+
+    @property
+    def families(self) -> dict[str, int]:
+        """Number of hits by family."""
+        return dict(Counter(hit["family"] for hit in self.hits))
 
     def moved(self, nodes: Iterable[Node], at: Node) -> str | None:
         """Why what `nodes` read may not be read at `at` instead: something writes to it in between. None if fine."""

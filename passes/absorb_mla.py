@@ -17,6 +17,8 @@ from dsopt.headmap import HeadMap, trace
 from dsopt.ops.attention import mla_attention
 from dsopt.rewrite import Emitter, Log, argument, aten, is_inner_dim, is_op, replace, shape, val
 
+FAMILY = "mla"
+
 
 def run(gm: GraphModule, log: Log) -> None:
     for node in list(gm.graph.nodes):
@@ -27,7 +29,7 @@ def run(gm: GraphModule, log: Log) -> None:
             leaves = (found["q"], found["keys"].latent, found["k_rope"], found["mask"])
             found = log.moved(between(node, leaves), node) or found
         if isinstance(found, dict):
-            log.hit("mla")
+            log.hit("mla", node)
             _rewrite(gm, node, **found)
         elif is_expanded_latent(argument(node, "key")):
             log.miss(node, found)

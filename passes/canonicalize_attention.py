@@ -28,6 +28,8 @@ from dsopt.rewrite import (
     val,
 )
 
+FAMILY = "mla"
+
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
 _POINTWISE = (aten.to.dtype, aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor)
 _POINTWISE += (aten.tanh.default, aten.clamp.default, aten.masked_fill.Scalar, aten.where.self)

@@ -28,6 +28,8 @@ from dsopt.rewrite import (
     val,
 )
 
+FAMILY = "mlp"
+
 GATE, UP = Var("gate", is_tensor), Var("up", is_tensor)
 GATED = Call((aten.linear.default,), (mul(Call((aten.silu.default,), (GATE,)), UP), Var("w_down", is_tensor)))
 
@@ -65,7 +67,7 @@ def _fuse(gm: GraphModule, node: Node, found: Bindings, log: Log) -> None:
     if reason := log.moved([*inner, node], node):
         log.miss(node, reason)
         return
-    log.hit("mlp")
+    log.hit("mlp", node)
     if halves is None:
         (w_gate, b_gate), (w_up, b_up) = ((argument(n, "weight"), argument(n, "bias")) for n in (gate, up))
     else:

@@ -41,6 +41,8 @@ from dsopt.rewrite import (
     val,
 )
 
+FAMILY = "norm"
+
 
 def _scaled(x: Pattern) -> Pattern:
     """x * rsqrt(mean(x^2, -1, keepdim) + eps)."""
@@ -143,7 +145,7 @@ def _outside(reader: Node, found: Bindings, root: Node):
 def _rewrite(
     gm: GraphModule, root: Node, x: Node, weight: Node | None, eps: float, log: Log, matched: list[Node]
 ) -> None:
-    log.hit("norm")
+    log.hit("norm", root)
     parts = _residual_sum(x, weight)
     if parts is None or log.moved(matched, x):
         new = Emitter(gm, root)(ops.rms_norm.overload, x, weight, eps, like=val(root))

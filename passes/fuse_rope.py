@@ -37,6 +37,8 @@ from dsopt.rewrite import (
     val,
 )
 
+FAMILY = "rope"
+
 X, COS, SIN = Var("x", is_tensor), Var("cos", is_tensor), Var("sin", is_tensor)
 A, B = Var("a", is_tensor), Var("b", is_tensor)
 _NEG_B = Call((aten.neg.default,), (B,))
@@ -177,5 +179,5 @@ def _emit(
     elif reason := log.moved([root, node, *found["inner"]], root):
         log.miss(node, reason)
     else:
-        log.hit("rope")
+        log.hit("rope", root)
         replace(root, Emitter(gm, root)(rope.overload, x, cos, sin, *layout, like=val(root)))
