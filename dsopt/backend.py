@@ -30,7 +30,7 @@ class Options:
     kernels: op name -> backend to try first, such as {"mla_attention": "torch"}; {"*": "torch"} for all ops.
     passes: names of the passes to run, in order, instead of the whole pipeline.
     fallback: what compiles a graph that dsopt leaves alone: "inductor" (default) or "eager".
-    strict: raise instead of falling back when dsopt fails on a graph.
+    strict: raise when dsopt fails on a graph, instead of falling back or leaving out the pass that failed.
     """
 
     kernels: Mapping[str, str] = field(default_factory=dict)
@@ -168,7 +168,7 @@ def _optimize(
     report.nodes_before = len(graph.graph.nodes)
     guards = guard_count(graph)
     report.totals = census(graph)
-    report.passes = run_pipeline(graph, choices.passes, report.name)
+    report.passes = run_pipeline(graph, choices.passes, report.name, choices.strict)
     if guard_count(graph) != guards:
         raise RuntimeError(
             "the census or a pass added a shape guard; sizes are compared through `known` only"

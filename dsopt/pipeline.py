@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 
 from torch.fx import GraphModule
 
@@ -25,18 +27,46 @@ PIPELINE = (
 )
 
 
-def run_pipeline(gm: GraphModule, passes: Sequence[str] | None = None, name: str = "graph") -> list[Log]:
+def run_pipeline(
+    gm: GraphModule, passes: Sequence[str] | None = None, name: str = "graph", strict: bool = True
+) -> list[Log]:
     """Runs passes over a captured graph in place and says what each did.
 
-    passes: names of modules in `dsopt.passes`, in order; PIPELINE by default. Raises ValueError for an
-    unknown name or a bad DSOPT_FUEL, before the graph is changed, and EffectError if a pass moved a read
-    across a write.
+    passes: names of modules in `dsopt.passes`, in order; PIPELINE by default.
+    strict: raise what a pass raised, or the EffectError if it moved a read across a write. Otherwise that pass is
+        left out: the graph is as if it were not in the pipeline, and its log has the reason as its only miss.
+    Raises ValueError for an unknown pass or a bad DSOPT_FUEL, before the graph is changed.
 
     DSOPT_DUMP=dir writes the graph before the first and after each pass to `dir/<name>.<step>.<pass>.txt`.
     DSOPT_FUEL=n stops after n rewrites, to find the one that is wrong by bisection.
     """
     modules = [load_pass(p) for p in (PIPELINE if passes is None else passes)]
     limit = fuel()
+    # one copy, and the passes once more where one fails: cheaper than a copy before each pass
+    captured = None if strict else copy.deepcopy(gm.graph)
+    failed: dict[int, str] = {}
+    while True:
+        try:
+            return _run(gm, modules, failed, limit, name)
+        except PassError as error:
+            if strict:
+                raise error.__cause__ from None
+            failed[error.step] = f"left out, it failed: {type(error.__cause__).__name__}: {error.__cause__}"
+            gm.graph = copy.deepcopy(captured)
+
+
+class PassError(Exception):
+    """The pass at a step of the pipeline failed; the cause says how."""
+
+    def __init__(self, step: int):
+        super().__init__(step)
+        self.step = step
+
+
+def _run(
+    gm: GraphModule, modules: Sequence[ModuleType], failed: Mapping[int, str], limit: int | None, name: str
+) -> list[Log]:
+    """The pipeline without the steps that failed; PassError for another one that does."""
     left = None if limit is None else [limit]
     dump(gm, f"{name}.0.captured")
     logs = []
@@ -44,18 +74,31 @@ def run_pipeline(gm: GraphModule, passes: Sequence[str] | None = None, name: str
     for step, module in enumerate(modules, 1):
         log = Log(module.__name__.rpartition(".")[2], Order(gm), left, getattr(module, "FAMILY", None))
         logs.append(log)
+        if step in failed:
+            log.misses.append({"site": "", "reason": failed[step]})
+            continue
         try:
-            module.run(gm, log)
-        except OutOfFuel:
-            modules = modules[:step]
-        gm.graph.eliminate_dead_code(is_impure)
-        gm.graph.lint()
-        before = check_effects(before, effects(gm), log.name)
+            finished = _apply(module, gm, log)
+            before = check_effects(before, effects(gm), log.name)
+        except Exception as error:
+            raise PassError(step) from error
         dump(gm, f"{name}.{step}.{log.name}")
-        if len(modules) == step:
+        if not finished:
             break
     gm.recompile()
     return logs
+
+
+def _apply(module: ModuleType, gm: GraphModule, log: Log) -> bool:
+    """Runs one pass and clears away what nothing reads any more; False when the fuel ran out."""
+    try:
+        module.run(gm, log)
+        finished = True
+    except OutOfFuel:
+        finished = False
+    gm.graph.eliminate_dead_code(is_impure)
+    gm.graph.lint()
+    return finished
 
 
 def fuel() -> int | None:

@@ -210,7 +210,7 @@ class _Comparing:
         fused = capture(gm, example_inputs)
         eager = GraphModule(fused, copy.deepcopy(fused.graph))
         mutated = _mutated(eager)
-        run_pipeline(fused, self.choices.passes, "verify")
+        run_pipeline(fused, self.choices.passes, "verify", self.choices.strict)
         is_rewritten = bool(lower(fused, self.choices.prefer()))
         wanted = {n.meta["origin"] for n in fused.graph.nodes if "origin" in n.meta and _kernel_of(n)}
 

@@ -249,21 +249,62 @@ def test_changed_weights_show(change):
         assert relative_l2(after, model(IDS)) < 1e-5 < relative_l2(after, before)
 
 
-def test_strict_raises_where_otherwise_the_fallback_answers(monkeypatch):
-    def fails(gm, log):
-        raise RuntimeError("a pass that fails")
+def fails(gm, log):
+    """Changes the graph, then fails."""
+    log.hit("mlp")
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
+        node.args = node.args[::-1]
+    raise RuntimeError("a pass that fails")
 
-    monkeypatch.setattr("dsopt.passes.fuse_gated_mlp.run", fails)
+
+def loses_writes(gm, log):
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.add_.Tensor):
+        node.replace_all_uses_with(node.args[0])
+        gm.graph.erase_node(node)
+
+
+@pytest.mark.parametrize(
+    ("run", "reason"),
+    [
+        (fails, "RuntimeError: a pass that fails"),
+        (loses_writes, "EffectError: pass fuse_gated_mlp changed the writes"),
+    ],
+)
+def test_a_pass_that_fails_is_left_out_unless_strict(monkeypatch, run, reason):
+    class Counting(Tiny):
+        def forward(self, ids, count):
+            count.add_(1)
+            return super().forward(ids)
+
+    monkeypatch.setattr("dsopt.passes.fuse_gated_mlp.run", run)
+    model, count = Counting(), torch.zeros(1)
+    with torch.no_grad():
+        with pytest.raises(Exception, match=reason):
+            compiled(model)(IDS, count)
+        torch._dynamo.reset()
+        got = compiled(model, strict=False)(IDS, count)
+        assert relative_l2(got, model(IDS, count)) < 1e-6 and count == 2
+    report = dsopt.report(model)
+    assert ops(model) == ["multi_linear", "rms_norm"], "the passes after it ran"
+    assert report.matched["mlp"] == [0, 1]
+    (left_out,) = [p for g in report.graphs for p in g.passes if p.misses]
+    assert left_out.name == "fuse_gated_mlp" and left_out.rewrites == 0 and left_out.hits == []
+    assert reason in left_out.misses[0]["reason"] and reason.partition(":")[0] in str(report)
+
+
+def test_a_census_that_fails_falls_back_unless_strict(monkeypatch):
+    def fails(gm):
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr("dsopt.backend.census", fails)
     model = Tiny()
     with torch.no_grad():
-        with pytest.raises(Exception, match="a pass that fails"):
+        with pytest.raises(Exception, match="no such luck"):
             compiled(model)(IDS)
         torch._dynamo.reset()
-        got = torch.compile(model, backend=dsopt_backend, options=EAGER)(IDS)
-        assert relative_l2(got, model(IDS)) < 1e-6
-    report = dsopt.report(model)
-    assert report.fallbacks[-1].endswith("RuntimeError: a pass that fails")
-    assert ops(model) == [] and all(hits == 0 for hits, _ in report.matched.values())
+        assert relative_l2(compiled(model, strict=False)(IDS), model(IDS)) < 1e-6
+    assert dsopt.report(model).fallbacks[-1].endswith("RuntimeError: no such luck")
+    assert ops(model) == [] and all(hits == 0 for hits, _ in dsopt.report(model).matched.values())
 
 
 def test_kernels_can_be_chosen():
