@@ -211,11 +211,7 @@ def random_model(
     seed: int = 0,
     progress: Callable[[int], None] = lambda done: None,
 ) -> PreTrainedModel:
-    """transformers' causal language model for a config in eval mode, weights random of scale 0.02, norms 1.
-
-    Weights repeat one random block: gigabytes then take the time of a copy, not of a random generator.
-    progress: called with the number of bytes filled after each weight.
-    """
+    """transformers' causal language model for a config in eval mode, its weights as `fill_random` makes them."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -227,15 +223,27 @@ def random_model(
             fresh = type(module)(config)
             for name in module._non_persistent_buffers_set:
                 setattr(module, name, getattr(fresh, name))
+    fill_random(model, seed, progress)
+    return model.eval()
 
+
+def fill_random(
+    model: torch.nn.Module, seed: int = 0, progress: Callable[[int], None] = lambda done: None
+) -> None:
+    """Fills a model's weights in place: random of scale 0.02, those of norms 1.
+
+    Weights repeat one random block: gigabytes then take the time of a copy, not of a random generator.
+    progress: called with the number of bytes filled after each weight.
+    """
     generator = torch.Generator().manual_seed(seed)
-    block = torch.randn(BLOCK, generator=generator).mul_(0.02).to(dtype)
+    block = torch.randn(BLOCK, generator=generator).mul_(0.02)
     done = position = 0
     with torch.no_grad():
         for name, tensor in model.state_dict(keep_vars=True).items():
             if tensor.ndim == 1 and name.endswith("weight"):
                 tensor.fill_(1)
                 continue
+            block = block.to(tensor)
             rest = tensor.view(-1)
             while rest.numel():
                 count = min(rest.numel(), BLOCK - position)
@@ -243,4 +251,3 @@ def random_model(
                 rest, position = rest[count:], (position + count) % BLOCK
             done += tensor.numel() * tensor.element_size()
             progress(done)
-    return model.eval()
