@@ -27,7 +27,9 @@ __all__ = [
     "fake_mode_of",
     "flat",
     "from_export",
+    "graph_breaks",
     "guard_count",
+    "hint",
     "inductor",
     "known",
     "module_path",
@@ -194,6 +196,11 @@ def known(condition: Any) -> bool:
     return statically_known_true(condition)
 
 
+def hint(value: torch.SymInt) -> int | None:
+    """The value a symbolic size had in the inputs that were traced, None if it had none; never adds a guard."""
+    return value.node.hint if value.node.has_hint() else None
+
+
 def storage_key(x: torch.Tensor) -> int:
     """What fake tensors that are views of one memory have in common, while they are alive."""
     return x.untyped_storage()._cdata
@@ -213,6 +220,13 @@ def over_recompile_limit(functions: Sequence[Callable] | None = None) -> int | N
     codes = {code for f in functions or () if (code := getattr(f, "__code__", None)) is not None}
     full = functions is None or any(len(_debug_get_cache_entry_list(code)) >= limit for code in codes)
     return limit if full else None
+
+
+def graph_breaks() -> dict[str, int]:
+    """Why Dynamo split functions of this process into several graphs since it was last reset, and how often."""
+    from torch._dynamo.utils import counters
+
+    return {reason.splitlines()[0]: count for reason, count in counters["graph_break"].items()}
 
 
 def raise_recompile_limit(limit: int) -> None:
