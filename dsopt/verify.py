@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import copy
 import io
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,11 +16,13 @@ from rich.table import Table
 from torch.fx import GraphModule, Interpreter, Node
 
 from dsopt.backend import Options, _not_ours
-from dsopt.capture import capture, module_path
+from dsopt.capture import capture, flat, module_path
 from dsopt.effects import bases, written
 from dsopt.lower import lower
 from dsopt.numerics import relative_l2
+from dsopt.op import Op, largest_error
 from dsopt.pipeline import run_pipeline
+from dsopt.rewrite import is_float_cast
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 TOLERANCE |= {torch.complex128: 1e-6, torch.complex64: 1e-4}
@@ -41,14 +44,18 @@ class SiteError:
     def ok(self) -> bool:
         return self.error <= self.tolerance
 
+    def __str__(self) -> str:
+        sign = "<=" if self.ok else ">"
+        return f"{self.site} ({self.kernel}): error {self.error:.2e} {sign} {self.tolerance:.0e}"
+
 
 class VerifyError(AssertionError):
     """A site is farther from eager than its tolerance; `result` has all of them."""
 
     def __init__(self, result: Verification):
         bad = [s for s in result.sites if not s.ok]
-        lines = [f"  {s.site} ({s.kernel}): error {s.error:.2e} > {s.tolerance:.0e}" for s in bad]
-        super().__init__("\n".join([f"{len(bad)} of {len(result.sites)} sites differ from eager:", *lines]))
+        count = f"{len(bad)} of {len(result.sites)} sites differ from eager:"
+        super().__init__("\n".join([f"first departs at {bad[0]}", count, *(f"  {s}" for s in bad)]))
         self.result = result
 
 
@@ -62,12 +69,18 @@ class Verification:
     def worst(self) -> float:
         return max((s.error for s in self.sites), default=0.0)
 
+    @property
+    def first(self) -> SiteError | None:
+        """The first site that departs from eager; None if none does."""
+        return next((s for s in self.sites if not s.ok), None)
+
     def to_dict(self) -> dict:
+        """{"sites": [...], "worst": error, "first": the first site that departs or None}."""
         rows = [
             {"site": s.site, "kernel": s.kernel, "error": s.error, "tolerance": s.tolerance, "ok": s.ok}
             for s in self.sites
         ]
-        return {"sites": rows, "worst": self.worst}
+        return {"sites": rows, "worst": self.worst, "first": self.first.site if self.first else None}
 
     def __rich__(self) -> Table:
         table = Table(title="Relative error against eager, site by site", title_justify="left")
@@ -76,6 +89,8 @@ class Verification:
         for s in self.sites:
             error = f"{s.error:.2e}" if s.ok else f"[bold red]{s.error:.2e}[/]"
             table.add_row(s.site, s.kernel, error, f"{s.tolerance:.0e}")
+        if self.first is not None:
+            table.caption, table.caption_justify = f"first departs at {self.first}", "left"
         return table
 
     def __str__(self) -> str:
@@ -92,11 +107,15 @@ class _Comparison:
     tolerance: float | None
     own: frozenset[int]
 
-    def add(self, site: str, kernel: str, got: Any, want: Any) -> None:
-        allowed = 0.0
-        if isinstance(want, torch.Tensor) and (want.is_floating_point() or want.is_complex()):
-            allowed = TOLERANCE.get(want.dtype, 0.0) if self.tolerance is None else self.tolerance
-        self.result.sites.append(SiteError(site, kernel, _error(got, want), allowed))
+    def add(self, site: str, kernel: str, error: float, *want: Any) -> None:
+        """Keeps the error of some values; the dtypes of what eager has say how large it may be."""
+        numbers = [
+            x.dtype for x in want if isinstance(x, torch.Tensor) and (x.is_floating_point() or x.is_complex())
+        ]
+        allowed = max((TOLERANCE.get(dtype, 0.0) for dtype in numbers), default=0.0)
+        if numbers and self.tolerance is not None:
+            allowed = self.tolerance
+        self.result.sites.append(SiteError(site, kernel, error, allowed))
 
 
 _CURRENT: contextvars.ContextVar[_Comparison] = contextvars.ContextVar("verification")
@@ -118,7 +137,8 @@ def verify(
     Each site is given eager's values, so what is compared is the site's own error, not what piled up before
     it, and a router that turns on a last bit does not turn the rest. Then "output i" of each fused graph and
     "write of input i" compare what the rest of the graph makes of them; integers and masks exactly, NaN and
-    inf by their places. Raises VerifyError if a site fails, ValueError if dsopt rewrote nothing or cannot
+    inf by their places. The results of an op with its own `Op.error` are compared by it, all of a call at once.
+    Raises VerifyError if a site fails, ValueError if dsopt rewrote nothing or cannot
     take a graph of the model.
     """
     choices = Options.of(options)
@@ -230,11 +250,11 @@ class _Comparing:
                 with torch.random.fork_rng():
                     ours = _Compare(fused, keep.values, comparison).run(*written_by_dsopt)
                 for i, (got, want) in enumerate(zip(ours, outputs, strict=True)):
-                    comparison.add(f"output {i}", "graph", got, want)
+                    comparison.add(f"output {i}", "graph", _error(got, want), want)
                 for i in sorted(mutated):
                     before, got, want = args[i], written_by_dsopt[i], written_by_eager[i]
                     if not (torch.equal(before, got) and torch.equal(before, want)):
-                        comparison.add(f"write of input {i}", "graph", got, want)
+                        comparison.add(f"write of input {i}", "graph", _error(got, want), want)
             for i in mutated:  # later graphs of this call go on from there
                 if args[i].untyped_storage().data_ptr() not in comparison.own:
                     args[i].copy_(written_by_eager[i])
@@ -262,11 +282,30 @@ def _mutated(gm: GraphModule) -> set[int]:
 
 def _kernel_of(node: Node) -> str | None:
     """Label of the kernel a node's value comes from: its own call, or one whose result it picks or permutes."""
-    while node.op == "call_function" and getattr(node.target, "__module__", "") != "dsopt.kernels":
+    while node.op == "call_function" and "op" not in node.meta:
         if not node.args or not isinstance(node.args[0], Node) or len(node.all_input_nodes) != 1:
             return None
         node = node.args[0]
     return node.target.__name__ if node.op == "call_function" else None
+
+
+def _results(node: Node) -> list[list[Node]]:
+    """For each result of an op's call, the nodes that stand for it: the call itself, or what reads it out of a tuple.
+
+    Casts belong to it: a node that is only read by its cast gives way to that one.
+    """
+    if not isinstance(node.meta["val"], (tuple, list)):
+        return [[_cast(node)]]
+    readers = [u for u in node.users if u.target is operator.getitem]
+    return [[_cast(u) for u in readers if u.args[1] == i] for i in range(len(node.meta["val"]))]
+
+
+def _cast(node: Node) -> Node:
+    while (
+        "origin" not in node.meta and len(node.users) == 1 and is_float_cast(user := next(iter(node.users)))
+    ):
+        node = user
+    return node
 
 
 class _Keep(Interpreter):
@@ -284,16 +323,55 @@ class _Keep(Interpreter):
 
 
 class _Compare(Interpreter):
-    """Runs a rewritten graph; where a kernel's value has an eager counterpart, compares and goes on with eager's."""
+    """Runs a rewritten graph; where a kernel's value has an eager counterpart, compares and goes on with eager's.
+
+    An op that says itself how far its results are apart (`Op.error`) is asked, with its arguments, about all of
+    them at once: experts may come in another order, which no result tells alone.
+    """
 
     def __init__(self, gm: GraphModule, expected: Mapping[str, torch.Tensor], comparison: _Comparison):
         super().__init__(gm)
         self.expected, self.comparison = expected, comparison
+        # nodes that stand for a result compared along with its op's others -> eager's value, None to keep their own
+        self.settled: dict[Node, torch.Tensor | None] = {}
 
     def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        want, kernel = self.expected.get(n.meta.get("origin")), _kernel_of(n)
+        value, op = super().run_node(n), n.meta.get("op")
+        if n in self.settled:
+            return value if self.settled[n] is None else self.settled[n]
+        if op is not None and op.error is not largest_error:
+            return self._together(n, op, value)
+        want, kernel = self._eager(n), _kernel_of(n)
         if want is None or kernel is None or not isinstance(value, torch.Tensor):
             return value
-        self.comparison.add(module_path(n) or n.name, kernel, value, want)
+        self.comparison.add(module_path(n) or n.name, kernel, _error(value, want), want)
         return want
+
+    def _eager(self, node: Node) -> torch.Tensor | None:
+        return self.expected.get(node.meta.get("origin"))
+
+    def _together(self, n: Node, op: Op, value: Any) -> Any:
+        """Compares all results of a call with eager's; with those of the op's reference where eager has only some.
+
+        Results that the graph reads and eager has no counterpart of keep the others' values from being eager's:
+        one of another order would not fit them.
+        """
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        got = flat(value)
+        ends = _results(n)
+        self.settled |= {end: self._eager(end) for nodes in ends for end in nodes}
+        want = [self._eager(nodes[0]) if nodes else None for nodes in ends]
+        site, kernel = module_path(n) or n.name, n.target.__name__
+        if all(x is not None for x in want):
+            rounded = [x.to(nodes[0].meta["val"].dtype) for x, nodes in zip(got, ends, strict=True)]
+            alike = all((a.shape, a.dtype) == (b.shape, b.dtype) for a, b in zip(rounded, want, strict=True))
+            error = op.error(args, rounded, want) if alike else float("inf")
+            self.comparison.add(site, kernel, error, *want)
+        else:
+            true = flat(op.reference(*args))
+            self.comparison.add(site, f"{kernel} against its reference", op.error(args, got, true), *true)
+        if any(self.settled[end] is None for nodes in ends for end in nodes):
+            self.settled |= dict.fromkeys((end for nodes in ends for end in nodes), None)
+            return value
+        given = [x if y is None else y.to(x.dtype) for x, y in zip(got, want, strict=True)]
+        return given if isinstance(value, (tuple, list)) else given[0]

@@ -1,5 +1,6 @@
 """dsopt.verify: the error of every rewritten site, on the user's own inputs."""
 
+import operator
 import sys
 
 import pytest
@@ -10,6 +11,8 @@ from torch.nn import functional as F
 import dsopt
 from dsopt.op import Kernel, kernels
 from dsopt.ops.norm import rms_norm
+from dsopt.ops.route import moe_route
+from dsopt.rewrite import Emitter, replace, val
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -53,6 +56,7 @@ def test_every_site_of_a_good_model(dtype):
         s for s in result.to_dict()["sites"] if list(s) != ["site", "kernel", "error", "tolerance", "ok"]
     ] == []
     assert "site by site" in str(result)
+    assert result.first is None and result.to_dict()["first"] is None
 
 
 def test_inputs_of_every_kind():
@@ -85,7 +89,9 @@ def test_a_wrong_kernel_is_named(wrong_norm):
     ) as caught:
         dsopt.verify(Model(), X)
     bad = [s for s in caught.value.result.sites if not s.ok]
-    assert [s.site for s in bad] == ["norm"]
+    assert [s.site for s in bad] == ["norm"] and caught.value.result.first is bad[0]
+    assert str(caught.value).startswith("first departs at norm (wrong_rms_norm): error 2.00e-02")
+    assert "first departs at norm" in str(caught.value.result)
     assert len(caught.value.result.sites) > len(bad), "errors before a site are not counted against it"
 
 
@@ -233,3 +239,81 @@ def test_a_graph_dsopt_cannot_take_says_why(monkeypatch):
             ValueError, match=r"cannot take a graph of this model.*RuntimeError: no such luck"
         ):
             dsopt.verify(Norm(), torch.randn(4, 8))
+
+
+class Routed(nn.Module):
+    """A layer whose tokens are mixed from two of six rows each, chosen by a linear layer's scores."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.gate, self.rows = nn.RMSNorm(8, eps=1e-6), nn.Linear(8, 6), nn.Embedding(6, 8)
+
+    def forward(self, x):
+        scores = self.gate(self.norm(x)).softmax(-1)
+        weights, ids = torch.topk(scores, 2, sorted=False)
+        weights = (weights / weights.sum(-1, keepdim=True)).to(torch.bfloat16)
+        return (self.rows(ids) * weights.unsqueeze(-1)).sum(-2)
+
+
+def routed(monkeypatch, fn, results=(0, 1)):
+    """Puts moe_route, run by `fn`, in the place of some results of the routing in `Routed`."""
+    kernel = Kernel("moe_route", "mine", lambda *_: fn)
+    monkeypatch.setattr("dsopt.op.kernels", lambda op: ((kernel,), ()) if op == "moe_route" else kernels(op))
+
+    def change(graph):
+        (softmax,) = graph.find_nodes(op="call_function", target=torch.ops.aten.softmax.int)
+        (topk,) = graph.find_nodes(op="call_function", target=torch.ops.aten.topk.default)
+        casts = graph.find_nodes(op="call_function", target=torch.ops.aten.to.dtype)
+        (cast,) = (n for n in casts if val(n).dtype == torch.bfloat16)
+        ids = next(u for u in topk.users if u.args[1] == 1)
+        emit = Emitter(graph.owning_module, topk)
+        routed = emit(moe_route.overload, softmax.args[0], 2, "softmax", None, 1, 1, "max", None, True)
+        if 0 in results:
+            weights = emit(operator.getitem, routed, 0)
+            replace(cast, emit(torch.ops.aten.to.dtype, weights, torch.bfloat16))
+        if 1 in results:
+            replace(ids, emit(operator.getitem, routed, 1))
+        graph.eliminate_dead_code()
+
+    broken(monkeypatch, change)
+
+
+def backwards(*args):
+    return tuple(x.flip(-1) for x in moe_route.reference(*args))
+
+
+def test_experts_may_come_in_another_order(monkeypatch):
+    routed(monkeypatch, backwards)
+    result = dsopt.verify(Routed(), torch.randn(5, 8))
+    (site,) = [s for s in result.sites if s.kernel.startswith("mine")]
+    assert site.kernel == "mine_moe_route" and site.error < 4e-3
+    assert site.tolerance == 3e-2, "eager rounds its weights to bfloat16"
+    # the order of the routing would show in no other site: they go on with eager's experts
+    assert all(s.error < 1e-6 for s in result.sites if s is not site)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        (lambda weights, ids: (weights * 1.5, ids), r"error 5\.0\de-01"),
+        (lambda weights, ids: (weights.flip(-1), ids), "error"),
+        (lambda weights, ids: (weights, (ids + 1) % 6), "error inf"),
+        (lambda weights, ids: (weights[..., :1], ids), "error inf"),
+    ],
+)
+def test_wrong_experts_are_named(monkeypatch, wrong, error):
+    routed(monkeypatch, lambda *args: wrong(*moe_route.reference(*args)))
+    with pytest.raises(dsopt.VerifyError, match=rf"first departs at .*\(mine_moe_route\): {error}") as caught:
+        dsopt.verify(Routed(), torch.randn(5, 8))
+    assert [s.kernel for s in caught.value.result.sites if not s.ok] == ["mine_moe_route"]
+
+
+@pytest.mark.parametrize("results", [(0,), (1,)])
+def test_some_results_of_an_op_alone_are_compared_with_its_reference(monkeypatch, results):
+    routed(monkeypatch, moe_route.reference, results)
+    named = [s.kernel for s in dsopt.verify(Routed(), torch.randn(5, 8)).sites]
+    assert "mine_moe_route against its reference" in named
+    torch._dynamo.reset()
+    routed(monkeypatch, lambda *args: tuple(x + 1 for x in moe_route.reference(*args)), results)
+    with pytest.raises(dsopt.VerifyError, match="mine_moe_route against its reference"):
+        dsopt.verify(Routed(), torch.randn(5, 8))
