@@ -1,0 +1,323 @@
+"""How much of every latent-attention and expert family of transformers dsopt matches, and how exactly it computes.
+
+    python benchmarks/coverage.py                    all families; those measured before with the same code stay
+    python benchmarks/coverage.py --only mixtral     some of them
+
+Each family's text model is built at tiny geometry with random weights (`dsopt.models.families`) and runs a prompt
+of 9 tokens and two decode steps on its default cache, eager and compiled, in a process of its own:
+
+    float32     a few experts and tokens chosen; relative L2 distance of the outputs from eager's
+    bfloat16    all of them chosen, so that no rounding can choose others; distance from a float64 run beside eager's
+
+Results go to `benchmarks/results/coverage.json`, the table made of them to `docs/coverage.md`.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import multiprocessing
+import re
+import resource
+import time
+import warnings
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import dsopt
+from dsopt.capture import graph_breaks
+from dsopt.census import FAMILIES
+from dsopt.files import write_text
+from dsopt.models.families import Family, build, families, tiny
+from dsopt.numerics import relative_l2
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "coverage.json"
+TABLE = ROOT / "docs" / "coverage.md"
+PROMPT, STEPS = 9, 2
+# what a float32 run may differ from eager, and a bfloat16 run from 1.5 times eager's own error
+FLOAT32_ERROR, BFLOAT16_SLACK = 1e-5, 1e-3
+
+
+def outputs(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
+    """Logits, or last hidden states, of a prompt and of decode steps that go on from its cache."""
+    got, cache = [], None
+    for piece in (ids[:, :PROMPT], *ids[:, PROMPT:].split(1, 1)):
+        out = model(input_ids=piece, past_key_values=cache, use_cache=True)
+        if (cache := getattr(out, "past_key_values", None)) is None:
+            raise ValueError("keeps no cache: no causal model")
+        got.append((out.logits if "logits" in out else out.last_hidden_state).clone())
+    return got
+
+
+def distance(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:
+    """The largest relative L2 distance among the calls."""
+    return max(relative_l2(a, b) for a, b in zip(got, want, strict=True))
+
+
+def compiled(model: Any, ids: torch.Tensor) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    """The outputs through dsopt, and what it did. What it leaves alone runs eager: Inductor is not measured here."""
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend="dsopt", options={"fallback": "eager"})
+    got = outputs(fast, ids)
+    report = dsopt.report()
+    misses = Counter(
+        (log.family or log.name, _without_names(miss["reason"]))
+        for graph in report.graphs
+        for log in graph.passes
+        for miss in log.misses
+    )
+    return got, {
+        "graphs": len(report.graphs),
+        "breaks": graph_breaks(),
+        "fallbacks": sorted({g.fallback for g in report.graphs if g.fallback}),
+        "matched": report.matched,
+        "misses": [{"family": f, "reason": r, "count": n} for (f, r), n in misses.most_common()],
+        "kernels": sorted({k.kernel for g in report.graphs for k in g.kernels}),
+    }
+
+
+def _without_names(reason: str) -> str:
+    """A reason without the names of nodes, which differ from site to site."""
+    return re.sub(r"\b[a-z_]+_\d+\b", "a node", reason)
+
+
+@torch.inference_mode()
+def measure(family: Family) -> dict[str, Any]:
+    """Everything the table says about one family; "reason" is there if it could not be built."""
+    torch.manual_seed(0)
+    try:
+        config = tiny(family)
+        model = build(config)
+        ids = torch.randint(3, 120, (1, PROMPT + STEPS))
+        eager = outputs(model, ids)
+    except Exception as error:  # whatever a family's code raises is a line of the table
+        return {"reason": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"[:200]}
+    got, float32 = compiled(model, ids)
+    float32["error"] = distance(got, eager)
+
+    model = build(tiny(family, choose_all=True))
+    truth = outputs(in_float64(model), ids)
+    model = model.bfloat16()
+    own = distance(outputs(model, ids), truth)
+    got, bfloat16 = compiled(model, ids)
+    bfloat16 |= {"error": distance(got, truth), "error_of_eager": own}
+    return {
+        "model": type(model).__name__,
+        "layers": config.num_hidden_layers,
+        "float32": float32,
+        "bfloat16": bfloat16,
+    }
+
+
+def in_float64(model: Any) -> Any:
+    """A copy whose experts are computed one by one: grouped GEMMs have no float64."""
+    wide = copy.deepcopy(model).double()
+    if hasattr(wide, "set_experts_implementation"):
+        wide.set_experts_implementation("eager")
+    return wide
+
+
+def _worker(family: Family, gigabytes: int, pipe: Any) -> None:
+    import transformers
+
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (gigabytes << 30, gigabytes << 30))
+    start = time.perf_counter()
+    try:
+        result = measure(family)
+    except Exception as error:
+        result = {"failed": f"{type(error).__name__}: {str(error).strip()}"[:2000]}
+    pipe.send({**result, "seconds": round(time.perf_counter() - start, 1)})
+
+
+def apart(family: Family, seconds: int, gigabytes: int) -> dict[str, Any]:
+    """`measure` in a process of its own, which may take so much time and memory."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_worker, args=(family, gigabytes, theirs))
+    process.start()
+    theirs.close()
+    try:
+        if ours.poll(seconds):
+            return ours.recv()
+        return {"failed": f"took more than {seconds} s"}
+    except EOFError:
+        process.join()
+        return {"failed": f"the process ended with exit code {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
+
+
+def versions() -> dict[str, str]:
+    """What results depend on: versions, and a digest of the code that matches and computes."""
+    digest = hashlib.sha256()
+    folders = ("dsopt", "passes", "kernels", "models", "csrc")
+    for file in sorted(f for folder in folders for f in (ROOT / folder).rglob("*") if f.suffix in CODE):
+        digest.update(file.read_bytes())
+    digest.update(Path(__file__).read_bytes())
+    packages = {name: version(name) for name in ("torch", "transformers")}
+    return {**packages, "dsopt": dsopt.__version__, "code": digest.hexdigest()[:16]}
+
+
+CODE = (".py", ".cpp", ".h")
+
+
+def matched(result: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """(matched, total) by site family, over the graphs of both dtypes."""
+    runs = [result[dtype]["matched"] for dtype in ("float32", "bfloat16")]
+    return {f: (sum(r[f][0] for r in runs), sum(r[f][1] for r in runs)) for f in FAMILIES}
+
+
+def wrong(result: dict[str, Any]) -> str:
+    """What a family's outputs are wrong by, or ""."""
+    if not result["float32"]["error"] <= FLOAT32_ERROR:
+        return f"float32 error {result['float32']['error']:.1e}"
+    bfloat16 = result["bfloat16"]
+    if not bfloat16["error"] <= 1.5 * bfloat16["error_of_eager"] + BFLOAT16_SLACK:
+        return f"bfloat16 error {bfloat16['error']:.1e}, eager {bfloat16['error_of_eager']:.1e}"
+    return ""
+
+
+def is_full(result: dict[str, Any], kind: str) -> bool:
+    """True when every site is matched, some of `kind` (mla, moe) among them, without a graph break or an error."""
+    if "float32" not in result or wrong(result):
+        return False
+    runs = result["float32"], result["bfloat16"]
+    sites = matched(result)
+    whole = not any(run["breaks"] or run["fallbacks"] for run in runs)
+    return whole and sites[kind][1] > 0 and all(a == b for a, b in sites.values())
+
+
+def why_not(result: dict[str, Any]) -> list[str]:
+    """Reasons for what is missed or wrong, in the words of the passes."""
+    lines = [f"**wrong**: {wrong(result)}"] if wrong(result) else []
+    runs = result["float32"], result["bfloat16"]
+    for reason in dict.fromkeys(r for run in runs for r in run["fallbacks"]):
+        lines.append(f"fallback: {reason}")
+    for reason in dict.fromkeys(r for run in runs for r in run["breaks"]):
+        lines.append(f"graph break: {reason}")
+    for family, (hits, total) in matched(result).items():
+        if hits < total:
+            reasons = [m["reason"] for run in runs for m in run["misses"] if m["family"] == family]
+            lines.append(f"{family}: {'; '.join(dict.fromkeys(reasons)) or 'no reason given'}")
+    return lines
+
+
+def document(results: dict[str, Any]) -> str:
+    """`docs/coverage.md` from the results."""
+    rows = results["families"]
+    built = {name: r for name, r in rows.items() if "float32" in r}
+    count = {
+        kind: (sum(is_full(r, kind) for r in of.values()), len(of))
+        for kind, of in (
+            ("mla", {n: r for n, r in rows.items() if r["has_latent"]}),
+            ("moe", {n: r for n, r in rows.items() if r["has_experts"]}),
+        )
+    }
+    its = results["versions"]
+    lines = [
+        "# Coverage of transformers' families",
+        "",
+        f"transformers {its['transformers']}, PyTorch {its['torch']}, dsopt {its['dsopt']}. Made by "
+        "`python benchmarks/coverage.py`, from `benchmarks/results/coverage.json`.",
+        "",
+        "Every family whose modeling file has latent attention or experts, its text model at tiny geometry with",
+        "random weights: a prompt of 9 tokens and two decode steps on the default cache, compiled in float32",
+        "(8 experts, a few chosen) and in bfloat16 (all chosen). Sites are *matched of all*, summed over the graphs",
+        "of both runs; the number of all is counted without the passes. The float32 error is the relative L2",
+        "distance from eager, the bfloat16 error that from a float64 run, with its ratio to eager's own.",
+        "",
+        f"- latent attention: {count['mla'][0]} of {count['mla'][1]} families fully matched",
+        f"- experts: {count['moe'][0]} of {count['moe'][1]} families fully matched",
+        f"- built: {len(built)} of {len(rows)}; wrong: {sum(bool(wrong(r)) for r in built.values())}",
+        "",
+        f"| family | {' | '.join(FAMILIES)} | graphs | error fp32 | error bf16 | why not |",
+        "|---" * (len(FAMILIES) + 5) + "|",
+        *(_row(name, result) for name, result in built.items()),
+        "",
+        "Not measured:",
+        "",
+        *(
+            f"- `{n}`: {r.get('reason') or r['failed'].splitlines()[0]}"
+            for n, r in rows.items()
+            if n not in built
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _row(name: str, result: dict[str, Any]) -> str:
+    sites = (f"{a}/{b}" if b else "-" for a, b in matched(result).values())
+    float32, bfloat16 = result["float32"], result["bfloat16"]
+    ratio = bfloat16["error"] / (bfloat16["error_of_eager"] or 1)
+    figures = (
+        f"{float32['graphs']} + {bfloat16['graphs']}",
+        f"{float32['error']:.1e}",
+        f"{bfloat16['error']:.1e} ({ratio:.2f}x)",
+        "<br>".join(line.replace("|", "\\|") for line in why_not(result)),
+    )
+    return f"| {' | '.join((name, *sites, *figures))} |"
+
+
+def main(
+    only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="This family (repeatable).")] = None,
+    json_file: Annotated[Path, typer.Option("--json", metavar="FILE", help="Where results go.")] = RESULTS,
+    table: Annotated[Path, typer.Option(metavar="FILE", help="Where the table goes.")] = TABLE,
+    seconds: Annotated[int, typer.Option(min=1, help="Time limit of a family.")] = 300,
+    gigabytes: Annotated[int, typer.Option(min=1, help="Limit of a family's address space.")] = 16,
+    again: Annotated[bool, typer.Option(help="Measure also what was measured with the same code.")] = False,
+) -> None:
+    """Measure every latent-attention and expert family of transformers, and write the table."""
+    found = families()
+    if unknown := set(only or ()) - {f.name for f in found}:
+        raise typer.BadParameter(f"unknown families {sorted(unknown)}; known: {[f.name for f in found]}")
+    old = json.loads(json_file.read_text()) if json_file.exists() else {"families": {}}
+    now = versions()
+    results = {"versions": now, "families": dict(old["families"])}
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(found))
+        for family in found:
+            progress.update(task, description=family.name)
+            before = old["families"].get(family.name)
+            is_done = before is not None and before.get("code") == now["code"]
+            if (not only or family.name in only) and (again or not is_done):
+                result = apart(family, seconds, gigabytes)
+                results["families"][family.name] = {
+                    "has_latent": family.has_latent,
+                    "has_experts": family.has_experts,
+                    **result,
+                    "code": now["code"],
+                }
+                console.print(_line(family.name, result), highlight=False, markup=False)
+                results["families"] = dict(sorted(results["families"].items()))
+                json_file.parent.mkdir(parents=True, exist_ok=True)
+                write_text(json_file, json.dumps(results, indent=1) + "\n")
+            progress.advance(task)
+    table.parent.mkdir(parents=True, exist_ok=True)
+    write_text(table, document(results))
+
+
+def _line(name: str, result: dict[str, Any]) -> str:
+    if "float32" not in result:
+        return f"{name}: {result.get('reason') or result['failed'].splitlines()[0]}"
+    sites = " ".join(f"{f} {a}/{b}" for f, (a, b) in matched(result).items() if b)
+    notes = "; ".join(why_not(result))
+    return f"{name}: {sites}; {result['float32']['error']:.1e}; {result['seconds']} s{'; ' + notes if notes else ''}"
+
+
+if __name__ == "__main__":
+    typer.run(main)
