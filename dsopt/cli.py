@@ -1,9 +1,10 @@
-"""The command `dsopt`: demo, env, compile. transformers and the commands' own modules load inside them."""
+"""The command `dsopt`: demo, env, compile, verify. transformers and the commands' own modules load inside them."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -19,6 +20,22 @@ app = typer.Typer(
 Json = Annotated[
     str | None,
     typer.Option("--json", metavar="FILE", help="Write the figures as JSON to FILE; - is standard output."),
+]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A preset (v2-lite, v3, ...), a transformers model type, or a folder with config.json."
+    ),
+]
+Tiny = Annotated[bool, typer.Option(help="Shrink every width to a test's size.")]
+Layers = Annotated[int | None, typer.Option(min=1, help="Number of layers, instead of the config's.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Weights = Annotated[bool, typer.Option(help="Load the folder's weights instead of random ones.")]
+Tokens = Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")]
+Decode = Annotated[int, typer.Option(min=1, help="Decode steps after it.")]
+Kernels = Annotated[
+    list[str] | None,
+    typer.Option(metavar="OP=BACKEND", help="Try this backend first for this op (repeatable)."),
 ]
 VARIABLES = {
     "DSOPT_DISABLE": "backends not to use, separated by commas",
@@ -205,42 +222,55 @@ def _verdict(samples: int, refusals: list[str]) -> str:
     return f"accepts {samples - len(refusals)} of {samples}, else: {refusals[0]}"
 
 
-@app.command()
-def compile(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="A preset (v2-lite, v3, ...), a transformers model type, or a folder with config.json."
-        ),
-    ],
-    tiny: Annotated[bool, typer.Option(help="Shrink every width to a test's size.")] = False,
-    layers: Annotated[
-        int | None, typer.Option(min=1, help="Number of layers, instead of the config's.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
-    weights: Annotated[bool, typer.Option(help="Load the folder's weights instead of random ones.")] = False,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 32,
-    steps: Annotated[int, typer.Option(min=1, help="Decode steps after it.")] = 3,
-    kernel: Annotated[
-        list[str] | None,
-        typer.Option(metavar="OP=BACKEND", help="Try this backend first for this op (repeatable)."),
-    ] = None,
-    json_file: Json = None,
-) -> None:
-    """Compile a model, run a prefill and decode steps, and print what dsopt did to it."""
+def _request(
+    model: str,
+    tiny: bool,
+    layers: int | None,
+    dtype: str,
+    weights: bool,
+    tokens: int,
+    steps: int,
+    kernel: list[str] | None,
+) -> Any:
+    """The `dsopt.trial.Request` of a command's options."""
     _need_transformers((5, 17))
-    from dsopt.progress import Steps
-    from dsopt.trial import Request, run
+    from dsopt.trial import Request
 
     if wrong := [item for item in kernel or [] if not all(item.partition("="))]:
         raise _fail(f"--kernel takes OP=BACKEND, such as rms_norm=torch, got {wrong[0]!r}")
     chosen = dict(item.partition("=")[::2] for item in kernel or [])
-    console = _console(json_file)
+    return Request(model, tiny, layers, dtype, weights, tokens, steps, chosen)
+
+
+def _try(what: Callable, request: Any, console: Console) -> tuple[dict[str, Any], Any]:
+    """A function of `dsopt.trial` on a request, with its progress shown and its errors told."""
+    from dsopt.progress import Steps
+
     try:
         with Steps(console) as step:
-            figures, report = run(Request(model, tiny, layers, dtype, weights, tokens, steps, chosen), step)
+            return what(request, step)
     except (ValueError, OSError, MemoryError) as error:
         raise _fail(str(error)) from error
+
+
+@app.command()
+def compile(
+    model: Model,
+    tiny: Tiny = False,
+    layers: Layers = None,
+    dtype: Dtype = "bfloat16",
+    weights: Weights = False,
+    tokens: Tokens = 32,
+    steps: Decode = 3,
+    kernel: Kernels = None,
+    json_file: Json = None,
+) -> None:
+    """Compile a model, run a prefill and decode steps, and print what dsopt did to it."""
+    request = _request(model, tiny, layers, dtype, weights, tokens, steps, kernel)
+    from dsopt import trial
+
+    console = _console(json_file)
+    figures, report = _try(trial.run, request, console)
     seconds = figures["seconds"]
     decode = ", ".join(f"{taken:.3f}" for taken in seconds["decode"])
     console.print(
@@ -250,3 +280,28 @@ def compile(
     )
     console.print(report)
     _write(figures, json_file)
+
+
+@app.command()
+def verify(
+    model: Model,
+    tiny: Tiny = False,
+    layers: Layers = None,
+    dtype: Dtype = "bfloat16",
+    weights: Weights = False,
+    tokens: Tokens = 32,
+    steps: Decode = 1,
+    kernel: Kernels = None,
+    json_file: Json = None,
+) -> None:
+    """Compare each rewritten site of a model with eager, on a prefill and decode steps; exit 1 if one departs."""
+    request = _request(model, tiny, layers, dtype, weights, tokens, steps, kernel)
+    from dsopt import trial
+
+    console = _console(json_file)
+    figures, results = _try(trial.verify, request, console)
+    for name, result in results.items():
+        console.print(f"\n{name}", result, sep="\n", highlight=False)
+    _write(figures, json_file)
+    if any(result.first for result in results.values()):
+        raise typer.Exit(1)

@@ -83,35 +83,87 @@ def build(request: Request, step: Callable[..., None]) -> torch.nn.Module:
 @torch.inference_mode()
 def run(request: Request, step: Callable[..., None]) -> tuple[dict[str, Any], Any]:
     """Compiles the model, runs a prompt and decode steps; returns the figures and dsopt's report."""
-    from transformers import StaticCache
-
     import dsopt
-    from dsopt.backend import Options, check_environment
-    from dsopt.compare import quiet, random_tokens
 
-    Options.of({"kernels": request.kernels})
-    check_environment()
-    quiet()
-    model = build(request, step)
+    model = _checked(request, step)
     fast = dsopt.compile(model, kernels=dict(request.kernels)) if request.kernels else dsopt.compile(model)
-    config = model.config.get_text_config()
-    cache = StaticCache(config=config, max_cache_len=request.tokens + request.steps)
-    tokens = random_tokens(config.vocab_size, request.tokens)
     seconds = []
-    for index in range(request.steps + 1):
-        step("compiling and running the prompt" if index == 0 else f"decode step {index}")
-        past = 0 if index == 0 else request.tokens + index - 1
-        positions = torch.arange(past, past + tokens.shape[1])[None]
+    inputs = _Inputs(model, request)
+    for name in inputs.names("compiling and running the prompt"):
+        step(name)
         start = time.perf_counter()
-        logits = fast(
-            input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-        ).logits
+        logits = fast(**inputs.next).logits
         seconds.append(time.perf_counter() - start)
-        tokens = logits[:, -1].argmax(-1, keepdim=True)
+        inputs.advance(logits)
     report = dsopt.report(fast)
     figures = {"prompt": seconds[0], "decode": seconds[1:]}
     return {
         "model": request.model,
-        "layers": config.num_hidden_layers,
+        "layers": inputs.config.num_hidden_layers,
         "seconds": figures,
     } | report.to_dict(), report
+
+
+@torch.no_grad()
+def verify(request: Request, step: Callable[..., None]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Compares the prompt and each decode step of a request with eager, site by site.
+
+    Returns the figures and, by the name of the step, its `Verification`, whether or not it departs.
+    """
+    import dsopt
+
+    model = _checked(request, step)
+    results = {}
+    inputs = _Inputs(model, request)
+    for name in inputs.names("prompt"):
+        step(f"comparing: {name}")
+        try:
+            results[name] = dsopt.verify(model, inputs.next, options={"kernels": dict(request.kernels)})
+        except dsopt.VerifyError as error:
+            results[name] = error.result
+        inputs.advance(model(**inputs.next).logits)
+    figures = {"model": request.model, "layers": inputs.config.num_hidden_layers}
+    return figures | {"steps": {name: result.to_dict() for name, result in results.items()}}, results
+
+
+def _checked(request: Request, step: Callable[..., None]) -> torch.nn.Module:
+    """The model of a request, built once everything else that was asked for is known to be sound."""
+    from dsopt.backend import Options, check_environment
+    from dsopt.compare import quiet
+
+    Options.of({"kernels": request.kernels})
+    check_environment()
+    quiet()
+    return build(request, step)
+
+
+class _Inputs:
+    """What a model is called with: the prompt first, then one token at a time, over a static cache."""
+
+    def __init__(self, model: torch.nn.Module, request: Request):
+        from transformers import StaticCache
+
+        from dsopt.compare import random_tokens
+
+        self.config = model.config.get_text_config()
+        self.steps, self.past = request.steps, 0
+        self.cache = StaticCache(config=self.config, max_cache_len=request.tokens + request.steps)
+        self.tokens = random_tokens(self.config.vocab_size, request.tokens)
+
+    def names(self, prompt: str) -> list[str]:
+        return [prompt, *(f"decode step {i + 1}" for i in range(self.steps))]
+
+    @property
+    def next(self) -> dict[str, Any]:
+        return {
+            "input_ids": self.tokens,
+            "position_ids": torch.arange(self.past, self.past + self.tokens.shape[1])[None],
+            "past_key_values": self.cache,
+            "use_cache": True,
+            "logits_to_keep": 1,
+        }
+
+    def advance(self, logits: torch.Tensor) -> None:
+        """Takes the likeliest token as the next one."""
+        self.past += self.tokens.shape[1]
+        self.tokens = logits[:, -1].argmax(-1, keepdim=True)

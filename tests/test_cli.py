@@ -9,7 +9,9 @@ import dsopt
 from dsopt import demo
 from dsopt.cli import VARIABLES, app
 from dsopt.models import presets
+from dsopt.op import Kernel, kernels
 from dsopt.ops import OPS
+from dsopt.ops.rope import rope
 
 pytest.importorskip("transformers")
 
@@ -25,7 +27,7 @@ def call():
 def test_help_names_the_commands(call):
     result = call("--help")
     assert result.exit_code == 0
-    assert all(command in result.output for command in ("demo", "env", "compile"))
+    assert all(command in result.output for command in ("demo", "env", "compile", "verify"))
 
 
 def test_version(call):
@@ -116,6 +118,34 @@ def test_compile_errors_name_what_is_known(call, arguments, names):
     result = call("compile", *arguments)
     assert result.exit_code == 1
     assert all(name in result.output for name in names), result.output
+
+
+SMALL = ["deepseek_v3", "--tiny", "--layers", "1", "--dtype", "float32", "--tokens", "5", "--json", "-"]
+
+
+def test_verify_compares_the_prompt_and_a_decode_step(call):
+    result = call("verify", *SMALL)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["model"] == "deepseek_v3" and found["layers"] == 1
+    assert list(found["steps"]) == ["prompt", "decode step 1"]
+    for step in found["steps"].values():
+        assert step["first"] is None and 0 < step["worst"] < 1e-4
+        paths = [row["site"] for row in step["sites"]]
+        assert paths.index("model.layers.0.input_layernorm") < paths.index("model.layers.0.self_attn")
+    assert "model.layers.0.self_attn" in result.stderr
+
+
+def test_verify_names_the_first_site_that_departs(call, monkeypatch, fresh_dynamo):
+    wrong = Kernel("rope", "wrong", lambda *_: lambda *args: rope.reference(*args) * 1.02)
+    monkeypatch.setattr("dsopt.op.kernels", lambda op: ((wrong,), ()) if op == "rope" else kernels(op))
+    result = call("verify", *SMALL)
+    assert result.exit_code == 1
+    assert "first departs at model.layers.0.self_attn (wrong_rope): error 2.00e-02 > 1e-04" in result.stderr
+    steps = json.loads(result.stdout)["steps"].values()
+    assert [step["first"] for step in steps] == ["model.layers.0.self_attn"] * 2
+    result = call("verify", *SMALL, "--kernel", "rope=gnu")
+    assert result.exit_code == 1 and "known backends" in result.stderr
 
 
 def test_presets_build_every_model_small():
