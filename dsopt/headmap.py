@@ -8,6 +8,7 @@ through the weight's rows; `HeadMap.weight` is then a view of w.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -77,8 +78,11 @@ class HeadMap:
         return w if whole else emit(aten.slice.Tensor, w, 1, skip, skip + self.head_dim)
 
 
-def trace(node: Node) -> HeadMap | str:
-    """The map that makes a (batch, heads, tokens, dim) tensor from a latent, or why it is none."""
+def trace(node: Node, order: Sequence[int] | None = None) -> HeadMap | str:
+    """The map that makes a (batch, heads, tokens, dim) tensor from a latent, or why it is none.
+
+    order: the permutation that makes such a tensor of `node`, if it is none yet.
+    """
     chain = []
     while (product := _product(node)) is None:
         if is_op(node, *_CACHE) or (is_op(node, aten.cat.default) and _is_token_cat(node)):
@@ -88,7 +92,7 @@ def trace(node: Node) -> HeadMap | str:
             return f"not a linear map of a latent: {what} stands in between"
         chain.append(node)
         node = node.args[0]
-    latent, w, order, axes = product
+    latent, w, rows, axes = product
     if is_op(node, aten.linear.default) and argument(node, "bias") is not None:
         return "the expansion of the latent has a bias"
     if not all(isinstance(s, int) for s in shape(w)):
@@ -99,7 +103,9 @@ def trace(node: Node) -> HeadMap | str:
         if moved is None:
             return f"{step.target} mixes heads and tokens of the expanded tensor"
         axes, offset = moved
-    return _head_map(latent, w, order, axes, offset)
+    if order is not None:
+        axes = [axes[d] for d in order]
+    return _head_map(latent, w, rows, axes, offset)
 
 
 def _product(node: Node) -> tuple[Node, Node, tuple[int, ...] | None, list[Axis]] | None:

@@ -52,10 +52,7 @@ class Router(nn.Module):
     def _within_groups(self, choice: torch.Tensor) -> torch.Tensor:
         """`choice` with -inf outside the best groups."""
         grouped = choice.unflatten(-1, (self.groups, -1))
-        if self.bias is None:
-            by_group = grouped.amax(-1)
-        else:
-            by_group = grouped.topk(2, dim=-1).values.sum(-1)
+        by_group = grouped.amax(-1) if self.bias is None else grouped.topk(2, dim=-1).values.sum(-1)
         best = by_group.topk(self.topk_groups, dim=-1).indices
         outside = torch.ones_like(by_group, dtype=torch.bool).scatter(-1, best, False)
         return grouped.masked_fill(outside.unsqueeze(-1), float("-inf")).flatten(-2)

@@ -46,11 +46,11 @@ def _read(node: Node) -> dict | str:
     values = trace(v)
     if isinstance(values, str):
         return f"values: {values}"
-    keys = _split_keys(k)
+    keys = _split_keys(k, values.latent)
     if isinstance(keys, str):
         return f"keys: {keys}"
-    key_map, k_rope, rope_first = keys
-    if (reason := _mismatch(q, k, k_rope, key_map, values)) is not None:
+    key_map, k_rope, head, rope_first = keys
+    if (reason := _mismatch(q, k, k_rope, head, key_map, values)) is not None:
         return reason
     if key_map.latent is not values.latent:
         return "values are not expanded from the latent that the keys come from"
@@ -69,6 +69,7 @@ def _read(node: Node) -> dict | str:
         "keys": key_map,
         "values": values,
         "k_rope": k_rope,
+        "head": head,
         "rope_first": rope_first,
         "mask": mask,
         "scale": float(scale),
@@ -85,41 +86,52 @@ def _uncut(x: Node) -> Node:
     return x
 
 
-def _mismatch(q: Node, k: Node, k_rope: Node, keys: HeadMap, values: HeadMap) -> str | None:
+def _mismatch(q: Node, k: Node, k_rope: Node, head: int, keys: HeadMap, values: HeadMap) -> str | None:
     """What the op's operands disagree in, or None."""
     latent = keys.latent
     if val(q).ndim != 4:
         return "the queries are not (batch, heads, tokens, dim)"
     if not all(known(shape(x)[0] == shape(q)[0]) for x in (k, latent, k_rope)):
         return "queries, latent and rotary part are of different batch sizes"
-    if not all(known(tokens == shape(k)[2]) for tokens in (shape(latent)[-2], shape(k_rope)[2])):
+    if not all(known(tokens == shape(k)[2]) for tokens in (shape(latent)[-2], shape(k_rope)[3 - head])):
         return "latent and rotary part are of different lengths"
     if any(val(x).dtype != val(q).dtype for x in (k, latent, k_rope, keys.w, values.w)):
         return "queries, latent, rotary part and weights are not of one dtype"
     return None
 
 
-def _split_keys(k: Node) -> tuple[HeadMap, Node, bool] | str:
-    """(map of the part without position, rotary part shared by all heads, whether that one comes first)."""
-    if not is_op(k, aten.cat.default) or not is_inner_dim(argument(k, "dim"), 4) or len(k.args[0]) != 2:
+def _split_keys(k: Node, latent: Node) -> tuple[HeadMap, Node, int, bool] | str:
+    """(map of the part without position, rotary part, its axis of one head for all, whether it comes first)."""
+    joined, order = (k.args[0], k.args[1]) if is_op(k, aten.permute.default) else (k, [0, 1, 2, 3])
+    if not is_op(joined, aten.cat.default) or len(joined.args[0]) != 2 or not _is_inner_cat(joined, order):
         whole = trace(k)
         return whole if isinstance(whole, str) else "no rotary part is joined to the expanded keys"
-    maps = [trace(part) for part in k.args[0]]
-    which = next((i for i, m in enumerate(maps) if isinstance(m, HeadMap)), None)
+    parts = joined.args[0]
+    maps = [trace(part, order) for part in parts]
+    # of one head the rotary part is a linear map too, of what the latent was projected from
+    found = [i for i, m in enumerate(maps) if isinstance(m, HeadMap)]
+    which = next((i for i in found if maps[i].latent is latent), next(iter(found), None))
     if which is None:
         return maps[0]
-    k_rope = k.args[0][1 - which]
-    while is_op(k_rope, aten.expand.default) and _repeats_heads(k_rope):
+    k_rope, head = parts[1 - which], order[1]
+    while is_op(k_rope, aten.expand.default) and _repeats(k_rope, head):
         k_rope = k_rope.args[0]
-    if val(k_rope).ndim != 4 or not known(shape(k_rope)[1] == 1):
+    if val(k_rope).ndim != 4 or not known(shape(k_rope)[head] == 1):
         return "the rotary part differs by head"
-    return maps[which], k_rope, which == 1
+    if order[0] != 0:
+        return "the keys are not (batch, heads, tokens, dim)"
+    return maps[which], k_rope, head, which == 1
 
 
-def _repeats_heads(node: Node) -> bool:
-    """True for an expand of a 4-d tensor that changes dim 1 alone."""
+def _is_inner_cat(cat: Node, order: list[int]) -> bool:
+    """True for a cat along the last of four axes, which stays the last in `order`."""
+    return val(cat).ndim == 4 and is_inner_dim(argument(cat, "dim"), 4) and order[3] == 3
+
+
+def _repeats(node: Node, dim: int) -> bool:
+    """True for an expand of a 4-d tensor that changes `dim` alone."""
     old, new = shape(node.args[0]), shape(node)
-    return len(old) == 4 and all(known(old[d] == new[d]) for d in (0, 2, 3))
+    return len(old) == 4 and all(known(old[d] == new[d]) for d in range(4) if d != dim)
 
 
 def _head_mask(mask: Node | None) -> Node | None:
@@ -143,6 +155,7 @@ def _rewrite(
     keys: HeadMap,
     values: HeadMap,
     k_rope: Node,
+    head: int,
     rope_first: bool,
     mask: Node | None,
     scale: float,
@@ -156,7 +169,7 @@ def _rewrite(
         q_nope,
         q_rope,
         latent,
-        emit(aten.squeeze.dim, k_rope, 1),
+        _without_axis(emit, k_rope, head),
         keys.weight(emit),
         values.weight(emit),
         mask,
@@ -165,6 +178,13 @@ def _rewrite(
         like=_tokens_first(gm, node),
     )
     replace(node, emit(aten.permute.default, out, [0, 2, 1, 3]))
+
+
+def _without_axis(emit: Emitter, x: Node, dim: int) -> Node:
+    """x without an axis of size 1."""
+    if is_op(x, aten.unsqueeze.default) and argument(x, "dim") % val(x).ndim == dim:
+        return x.args[0]
+    return emit(aten.squeeze.dim, x, dim)
 
 
 def _tokens_first(gm: GraphModule, node: Node):
@@ -177,10 +197,13 @@ def _tokens_first(gm: GraphModule, node: Node):
 def _split_queries(emit: Emitter, q: Node, nope: int, rope_first: bool) -> tuple[Node, Node]:
     width = shape(q)[-1]
     split = width - nope if rope_first else nope
-    if is_op(q, aten.cat.default) and is_inner_dim(argument(q, "dim"), 4) and len(q.args[0]) == 2:
-        first, second = q.args[0]
+    joined, order = (q.args[0], q.args[1]) if is_op(q, aten.permute.default) else (q, [0, 1, 2, 3])
+    if is_op(joined, aten.cat.default) and len(joined.args[0]) == 2 and _is_inner_cat(joined, order):
+        first, second = joined.args[0]
         one_dtype = val(first).dtype == val(second).dtype == val(q).dtype
         if one_dtype and known(shape(first)[-1] == split):
+            if joined is not q:
+                first, second = (emit(aten.permute.default, part, order) for part in (first, second))
             return (second, first) if rope_first else (first, second)
     first = emit(aten.slice.Tensor, q, -1, 0, split)
     second = emit(aten.slice.Tensor, q, -1, split, width)

@@ -248,6 +248,43 @@ def test_dynamic_shapes():
     assert len(result.graphs) == 1
 
 
+@pytest.mark.parametrize("rope_first", [False, True])
+@pytest.mark.parametrize("batch_heads", [(2, 3), (1, 1), (3, 3)], ids=str)
+def test_keys_joined_before_heads_and_tokens_change_places(rope_first, batch_heads):
+    """cat along (batch, tokens, heads, dim), with the rotary part repeated for the heads there."""
+    batch, heads = batch_heads
+    model = MLA(heads)
+
+    def joined(x):
+        q = model.q(x).view(*x.shape[:2], heads, -1)
+        c, k_rope = model.kv_a(x).split([RANK, ROPE], -1)
+        k_nope, v = model.kv_b(c).view(*x.shape[:2], heads, -1).split([NOPE, VALUE], -1)
+        parts = [k_nope, k_rope.unsqueeze(2).expand(-1, -1, heads, -1)]
+        query = [q[..., :NOPE].tanh(), q[..., NOPE:].sin()]
+        q, k = (torch.cat(p[::-1] if rope_first else p, -1) for p in (query, parts))
+        return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
+
+    x = torch.randn(batch, 3, HIDDEN)
+    result = rewritten(joined, x, passes=PASSES)
+    assert result.log("absorb_mla").families == {"mla": 1}, result.log("absorb_mla").misses
+    assert not {"aten.cat", "aten.scaled_dot_product_attention", "aten.expand"} & set(result.ops())
+    assert relative_l2(result.run(x), joined(x)) < 1e-5
+
+
+@pytest.mark.parametrize("sizes", [(1, 3, 1, ROPE), (2, 1, 1, ROPE), (2, 3, 3, ROPE)], ids=str)
+def test_rotary_part_before_heads_and_tokens_change_places(sizes):
+    """As many tokens as heads: only a part that the heads share, and nothing else does, is one."""
+    model, k_rope = MLA(), torch.randn(sizes)
+
+    def fn(x, k_rope):
+        q = model.q(x).view(2, 3, 3, -1).transpose(1, 2)
+        k_nope, v = model.kv_b(model.kv_a(x)[..., :RANK]).view(2, 3, 3, -1).split([NOPE, VALUE], -1)
+        k = torch.cat((k_nope, k_rope.expand(2, 3, 3, ROPE)), -1).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v.transpose(1, 2))
+
+    stays(fn, X, k_rope, reason="the rotary part differs by head")
+
+
 def with_parts(model, change):
     """The attention of `model` with (q, k_nope, k_rope, v, mask) changed before it runs."""
 
