@@ -96,10 +96,11 @@ def _is_size(node: Node) -> bool:
 
 
 def _call(node: Node, values: Mapping[Node, Any]) -> Any:
-    args, kwargs = map_arg((node.args, dict(node.kwargs)), values.__getitem__)
-    if kwargs.get("device") is not None:
-        kwargs["device"] = torch.device("cpu")
-    args = tuple(torch.device("cpu") if isinstance(a, torch.device) else a for a in args)
+    def here(value: Any) -> Any:
+        return torch.device("cpu") if isinstance(value, torch.device) else value
+
+    args = tuple(here(a) for a in map_arg(node.args, values.__getitem__))
+    kwargs = {k: here(a) for k, a in map_arg(node.kwargs, values.__getitem__).items()}
     try:
         with torch.no_grad():
             return node.target(*args, **kwargs)

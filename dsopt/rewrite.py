@@ -93,6 +93,10 @@ class Log:
         if family is not None:
             self.hits.append({"family": family, "site": "" if node is None else site(node)})
 
+    def standing(self, family: str, node: Node) -> None:
+        """Counts a site that is one op already: written so by the user, or by `dsopt.compile` before tracing."""
+        self.hits.append({"family": family, "site": site(node)})
+
     @property
     def families(self) -> dict[str, int]:
         """Number of hits by family."""

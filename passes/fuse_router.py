@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass, replace as changed
+from dataclasses import dataclass
+from dataclasses import replace as changed
 from typing import Any
 
 import torch
@@ -19,9 +20,21 @@ from dsopt.capture import known
 from dsopt.effects import between
 from dsopt.ops.route import moe_route, moe_route_error, moe_route_reference
 from dsopt.probe import Probe, Unknowable, random_like, size
-from dsopt.rewrite import Emitter, Log, argument, aten, is_float_cast, is_inner_dim, is_op, is_tensor, replace
-from dsopt.rewrite import shape, val
+from dsopt.rewrite import (
+    Emitter,
+    Log,
+    argument,
+    aten,
+    is_float_cast,
+    is_inner_dim,
+    is_op,
+    is_tensor,
+    replace,
+    shape,
+    val,
+)
 
+FAMILY = "router"
 # rows of logits a proposal is tried on
 ROWS = 24
 _SCORES = {aten.softmax.int: "softmax", aten._softmax.default: "softmax", aten.sigmoid.default: "sigmoid"}
@@ -124,7 +137,10 @@ def _score(node: Node) -> tuple[Node, Node, str] | None:
 
 def _uncast(node: Node) -> Node:
     """What was widened to `node`."""
-    while is_float_cast(node) and torch.promote_types(val(node).dtype, val(node.args[0]).dtype) == val(node).dtype:
+    while (
+        is_float_cast(node)
+        and torch.promote_types(val(node).dtype, val(node.args[0]).dtype) == val(node).dtype
+    ):
         node = node.args[0]
     return node
 
@@ -132,9 +148,9 @@ def _uncast(node: Node) -> Node:
 def _gathered(ids: Node | None) -> Node | None:
     """The scores picked by the ids."""
     for user in ids.users if ids is not None else ():
-        if is_op(user, aten.gather.default) and argument(user, "index") is ids:
-            if is_inner_dim(argument(user, "dim"), val(user).ndim):
-                return user
+        gathers = is_op(user, aten.gather.default) and argument(user, "index") is ids
+        if gathers and is_inner_dim(argument(user, "dim"), val(user).ndim):
+            return user
     return None
 
 
@@ -151,7 +167,12 @@ def _follow(node: Node, found: Proposal) -> Proposal:
     other = user.args[1] if len(user.args) > 1 else None
     if is_float_cast(user):
         return _follow(user, changed(found, end=user))
-    if is_op(user, *_MULS, *_DIVS) and user.args[0] is node and isinstance(other, (int, float)) and found.scoring:
+    if (
+        is_op(user, *_MULS, *_DIVS)
+        and user.args[0] is node
+        and isinstance(other, (int, float))
+        and found.scoring
+    ):
         factor = 1 / other if is_op(user, *_DIVS) and other else other
         return _follow(user, changed(found, end=user, scale=found.scale * factor))
     if not found.scoring and user.target in _SCORES:
@@ -191,7 +212,9 @@ def _choice(topk: Node, score: Node, found: Proposal) -> Proposal | str:
         return f"{bias.name} takes part in the choice and is no bias by expert"
     found = changed(found, bias=bias)
     widths = [shape(n)[-2:] for n in region if val(n) is not None and is_tensor(n) and val(n).ndim > 1]
-    split = [w for w in widths if isinstance(w[0], int) and w[0] * w[1] == num_experts and val(score).ndim > 1]
+    split = [
+        w for w in widths if isinstance(w[0], int) and w[0] * w[1] == num_experts and val(score).ndim > 1
+    ]
     inner = [n for n in region if is_op(n, aten.topk.default)]
     groups = {w[0] for w in split if any(shape(n.args[0])[-1] == w[0] for n in inner)}
     if not inner:

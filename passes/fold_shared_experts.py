@@ -1,0 +1,72 @@
+"""moe_experts(x, ...) + gated_mlp(x, w_gate, w_up, w_down) -> moe_experts(x, ..., w_gate, w_up, w_down)
+
+The shared experts of a layer are one more expert that every token passes with weight 1.
+"""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule, Node
+
+from dsopt.effects import between
+from dsopt.ops.experts import moe_experts
+from dsopt.ops.linear import gated_mlp
+from dsopt.rewrite import Emitter, Log, aten, is_op, replace, same_shape, shape, val
+
+FAMILY = "moe"
+# views that keep the order of the rows
+_VIEWS = (aten.reshape.default, aten.view.default, aten.contiguous.default)
+
+
+def run(gm: GraphModule, log: Log) -> None:
+    for node in gm.graph.find_nodes(op="call_function", target=moe_experts.overload):
+        views, total = _total(node)
+        mlp = None if total is None else _shared(node, total)
+        if mlp is None:
+            continue
+        args = moe_experts.bind(node.args, node.kwargs)
+        operands = [n for n in (*args, *mlp.args) if isinstance(n, Node)]
+        if reason := log.moved(between(total, operands), total):
+            log.miss(total, reason)
+            continue
+        log.hit()
+        emit = Emitter(gm, total)
+        folded = emit(moe_experts.overload, *args[:-3], *mlp.args[1:4], like=val(node))
+        for view in views:
+            folded = emit(view.target, folded, *view.args[1:], like=val(view))
+        replace(total, folded)
+
+
+def _total(node: Node) -> tuple[list[Node], Node | None]:
+    """(the views of the experts' result, the sum that is all that reads the last of them)."""
+    views = []
+    while len(node.users) == 1:
+        (node,) = node.users
+        if is_op(node, aten.add.Tensor) and not node.kwargs:
+            return views, node
+        if not is_op(node, *_VIEWS):
+            break
+        views.append(node)
+    return views, None
+
+
+def _shared(node: Node, total: Node) -> Node | None:
+    """The gated MLP that is added, if it reads the same x row by row and nothing else reads it."""
+    if moe_experts.bind(node.args, node.kwargs)[-3] is not None:
+        return None
+    for term in total.args:
+        mlp = _unviewed(term)
+        if not is_op(mlp, gated_mlp.overload) or any(
+            a is not None for a in gated_mlp.bind(mlp.args, mlp.kwargs)[4:7]
+        ):
+            continue
+        same = _unviewed(mlp.args[0]) is _unviewed(node.args[0]) and val(total).dtype == val(node).dtype
+        alone = _unviewed(next(t for t in total.args if t is not term)) is node and len(mlp.users) == 1
+        if same and alone and same_shape(shape(total), shape(term)):
+            return mlp
+    return None
+
+
+def _unviewed(node: Node) -> Node:
+    while is_op(node, *_VIEWS):
+        node = node.args[0]
+    return node
