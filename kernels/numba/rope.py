@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from numba import prange
 
@@ -12,12 +13,23 @@ from dsopt.op import Kernel
 
 @kernel
 def _rope(
-    x, x_strides, cos, cos_strides, sin, sin_strides, out, sizes, dim, split, interleaved_in, interleaved_out
+    x,
+    x_strides,
+    cos,
+    cos_strides,
+    sin,
+    sin_strides,
+    out,
+    sizes,
+    dim,
+    split,
+    pairs_in,
+    pairs_out,
 ):
     half = dim // 2
-    # how far apart the two of a pair are, and one pair and the next
-    far_in, near_in = (1, 2) if interleaved_in else (half, 1)
-    far_out, near_out = (1, 2) if interleaved_out else (half, 1)
+    # from one of a pair to the other, and from one pair to the next
+    far_in, next_in = (1, 2) if pairs_in else (half, 1)
+    far_out, next_out = (1, 2) if pairs_out else (half, 1)
     second = half if split else 0
     for row in prange(sizes[0] * sizes[1] * sizes[2]):
         i, j, k = row // (sizes[1] * sizes[2]), row // sizes[2] % sizes[1], row % sizes[2]
@@ -25,18 +37,17 @@ def _rope(
         c = i * cos_strides[0] + j * cos_strides[1] + k * cos_strides[2]
         s = i * sin_strides[0] + j * sin_strides[1] + k * sin_strides[2]
         for n in range(half):
-            a, b = widen(x[at + n * near_in]), widen(x[at + n * near_in + far_in])
-            to = row * dim + n * near_out
+            a, b = widen(x[at + n * next_in]), widen(x[at + n * next_in + far_in])
+            to = row * dim + n * next_out
             store(out, to, a * widen(cos[c + n]) - b * widen(sin[s + n]))
             store(out, to + far_out, b * widen(cos[c + second + n]) + a * widen(sin[s + second + n]))
 
 
-def _rows(x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """x, expanded to shape[:-1], as three leading dimensions and rows whose elements are neighbours."""
-    x = unit_stride(x).expand(*shape[:-1], -1)
-    if x.ndim > 4:
-        return x.reshape(-1, *x.shape[-3:])
-    return x[(None,) * (4 - x.ndim)]
+def _rows(x: torch.Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
+    """The memory of x and three strides of its leading dimensions, 0 where there is one row for all."""
+    x = unit_stride(x)
+    strides = tuple(0 if n == 1 else s for n, s in zip(x.shape[:-1], x.stride()))
+    return flat(x), (0,) * (3 - len(strides)) + strides
 
 
 def rope(
@@ -44,28 +55,20 @@ def rope(
 ) -> torch.Tensor:
     out = torch.empty(x.shape, dtype=x.dtype)
     if out.numel():
-        dim = x.shape[-1]
-        tables = torch.promote_types(cos.dtype, sin.dtype)
-        rows, cos, sin = (_rows(t, x.shape) for t in (x, cos.to(tables), sin.to(tables)))
-        args = [a for t in (rows, cos, sin) for a in (flat(t), t.stride()[:3])]
-        split = cos.shape[-1] != dim // 2
-        run(
-            4 * x.numel(),
-            _rope,
-            *args,
-            flat(out),
-            tuple(rows.shape[:3]),
-            dim,
-            split,
-            interleaved_in,
-            interleaved_out,
-        )
+        if cos.dtype != sin.dtype:
+            cos, sin = cos.float(), sin.float()
+        dim, split = x.shape[-1], cos.shape[-1] == x.shape[-1]
+        sizes = (1,) * (4 - x.ndim) + tuple(x.shape[:-1])
+        operands = (*_rows(x), *_rows(cos), *_rows(sin), flat(out))
+        run(4 * x.numel(), _rope, *operands, sizes, dim, split, interleaved_in, interleaved_out)
     return out
 
 
 def _check(x, cos, sin, interleaved_in, interleaved_out):
     if x.ndim == 0 or not known(x.shape[-1] % 2 == 0):
         return f"needs an even width, got {list(x.shape)}"
+    if x.ndim > 4:
+        return f"needs at most 4 dimensions, got {list(x.shape)}"
     for name, table in (("cos", cos), ("sin", sin)):
         if table.dtype not in DTYPES or table.device != x.device:
             return f"needs {name} of float32 or bfloat16 on {x.device}, got {table.dtype} on {table.device}"

@@ -10,6 +10,7 @@ Numba's cache looks only at the file a kernel is in: after a change to this file
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Callable
 
@@ -19,6 +20,12 @@ import torch
 from numba.extending import overload
 
 DTYPES = frozenset({torch.float32, torch.bfloat16})
+
+_ELEMENTS = {
+    torch.float32: (ctypes.c_float, np.dtype(np.float32)),
+    torch.int64: (ctypes.c_int64, np.dtype(np.int64)),
+    torch.bfloat16: (ctypes.c_uint16, np.dtype(np.uint16)),
+}
 
 # sums may be reordered and products fused; NaN, infinity and division stay what IEEE says
 _FASTMATH = {"reassoc", "contract", "nsz"}
@@ -71,9 +78,16 @@ def flat(x: torch.Tensor) -> np.ndarray:
 
     Element (i, j, ...) of x is at i * x.stride(0) + j * x.stride(1) + ...
     """
-    span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride())) if x.numel() else 0
-    span = x.detach().as_strided((span,), (1,))
-    return (span.view(torch.uint16) if x.dtype == torch.bfloat16 else span).numpy()
+    element, dtype = _ELEMENTS[x.dtype]
+    span = x.numel()
+    if span == 0:
+        return np.empty(0, dtype)
+    if not x.is_contiguous():
+        span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride()))
+    # four times as fast as as_strided, view and numpy, which matters beside a row of a norm
+    memory = (element * span).from_address(x.data_ptr())
+    memory.owner = x  # which lives as long as the array
+    return np.frombuffer(memory, dtype)
 
 
 def nothing(dtype: torch.dtype) -> np.ndarray:
@@ -87,7 +101,7 @@ def unit_stride(x: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def _start() -> int:
+def _most_threads() -> int:
     """Starts Numba's threads; the most there can be."""
     before = torch.get_num_threads()
     most = numba.get_num_threads()
@@ -97,10 +111,14 @@ def _start() -> int:
 
 
 def run(work: int, fn: Callable, *args) -> None:
-    """Calls a kernel on as many threads as torch would use, or on one if `work` multiply-adds are few."""
-    most = _start()
+    """Calls a kernel of `work` multiply-adds on as many threads as torch would use, or on one if it is small."""
+    most = _most_threads()
+    count = 1 if work < SERIAL_WORK else min(most, torch.get_num_threads())
     before = numba.get_num_threads()
-    numba.set_num_threads(1 if work < SERIAL_WORK else min(most, torch.get_num_threads()))
+    if count == before:
+        fn(*args)
+        return
+    numba.set_num_threads(count)
     try:
         fn(*args)
     finally:
