@@ -15,12 +15,14 @@ import torch
 from torch.fx import GraphModule
 
 from dsopt.capture import capture, eager, guard_count, inductor, unsupported
-from dsopt.census import census
+from dsopt.census import census_sites
+from dsopt.explain import ran
 from dsopt.lower import lower
 from dsopt.op import backends, disabled_backends
 from dsopt.ops import OPS
 from dsopt.pipeline import available_passes, dump, fuel, run_pipeline
 from dsopt.report import GRAPHS, GraphReport
+from dsopt.rewrite import site
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ def _optimize(
     graph = capture(gm, example_inputs)
     report.nodes_before = len(graph.graph.nodes)
     guards = guard_count(graph)
-    report.totals = census(graph)
+    report.counted = {family: [site(n) for n in nodes] for family, nodes in census_sites(graph).items()}
     report.passes = run_pipeline(graph, choices.passes, report.name, choices.strict)
     if guard_count(graph) != guards:
         raise RuntimeError(
@@ -179,6 +181,7 @@ def _optimize(
     if not report.kernels:
         report.fallback = "nothing to fuse"
         return None
+    report.ran = ran(graph)
     return graph.forward
 
 

@@ -28,19 +28,21 @@ FAMILIES = ("mla", "moe", "router", "norm", "rope", "mlp")
 
 def census(gm: GraphModule) -> dict[str, int]:
     """Number of sites by family."""
+    return {family: len(sites) for family, sites in census_sites(gm).items()}
+
+
+def census_sites(gm: GraphModule) -> dict[str, list[Node]]:
+    """The sites by family, each by one node of it, in the graph's order."""
     nodes = [n for n in gm.graph.nodes if n.op == "call_function"]
-    attentions = [key for n in nodes for key in _attention_keys(n)]
-    first_gemms = [
-        n for n in nodes if _is_expert_gemm(n) and not any(map(_is_expert_gemm, _gated_sources(n)))
-    ]
-    scores = {s for n in nodes if _name(n) == "topk" for s in _router_scores(n)}
+    scores = [s for n in nodes if _name(n) == "topk" for s in _router_scores(n)]
+    turned = [r for n in nodes for r in (*_rotations(n), *_half_rotations(n))]
     return {
-        "mla": sum(1 for key in attentions if is_expanded_latent(key)),
-        "moe": len(first_gemms),
-        "router": len(scores),
-        "norm": sum(1 for n in nodes if _is_norm(n)),
-        "rope": len({r for n in nodes for r in (*_rotations(n), *_half_rotations(n))}),
-        "mlp": sum(1 for n in nodes if _is_gated_linear(n)),
+        "mla": [n for n in nodes for key in _attention_keys(n) if is_expanded_latent(key)],
+        "moe": [n for n in nodes if _is_expert_gemm(n) and not any(map(_is_expert_gemm, _gated_sources(n)))],
+        "router": list(dict.fromkeys(scores)),
+        "norm": [n for n in nodes if _is_norm(n)],
+        "rope": list(dict.fromkeys(turned)),
+        "mlp": [n for n in nodes if _is_gated_linear(n)],
     }
 
 

@@ -263,6 +263,9 @@ def compile(
     tokens: Tokens = 32,
     steps: Decode = 3,
     kernel: Kernels = None,
+    explain: Annotated[
+        bool, typer.Option(help="Say module by module what was fused, and what was not and why.")
+    ] = False,
     json_file: Json = None,
 ) -> None:
     """Compile a model, run a prefill and decode steps, and print what dsopt did to it."""
@@ -279,6 +282,9 @@ def compile(
         highlight=False,
     )
     console.print(report)
+    if explain:
+        console.print(report.explain())
+        figures["explain"] = report.explain().to_dict()
     _write(figures, json_file)
 
 

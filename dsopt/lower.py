@@ -17,8 +17,8 @@ def lower(gm: GraphModule, prefer: Mapping[str, str]) -> list[KernelUse]:
     """Chooses a kernel for every op of the graph, once, and puts its planned callable in the op's place.
 
     prefer: op name -> backend to try first. Returns one record per op and kernel, whose `calls` counts as the
-    graph runs. Each node keeps its op under `meta["op"]`. Raises RuntimeError if a check or plan looked at a
-    size that is not static.
+    graph runs. Each node keeps its op and its kernel's label in `meta`. Raises RuntimeError if a check or plan
+    looked at a size that is not static.
     """
     guards = guard_count(gm)
     by_overload = {op.overload: op for op in OPS.values()}
@@ -35,7 +35,7 @@ def lower(gm: GraphModule, prefer: Mapping[str, str]) -> list[KernelUse]:
         use = uses.setdefault(
             key, KernelUse(op.name, choice.kernel.backend, choice.kernel.label, choice.refused)
         )
-        node.target, node.meta["op"] = _counted(choice.fn, use), op
+        node.target, node.meta["op"], node.meta["kernel"] = _counted(choice.fn, use), op, use.kernel
         node.args, node.kwargs = args, {}
     if guard_count(gm) != guards:
         raise RuntimeError("a kernel's check or plan added a shape guard; it may look at static sizes only")

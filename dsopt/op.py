@@ -45,6 +45,7 @@ class Op:
     fake: shapes and dtypes of the results for fake tensors; the reference by default, if it can be traced.
     error: `error(args, got, want)` is the distance of two lists of results; by default the largest relative L2
         error of one of them. An op whose results may rightly differ (ties of a choice) says which may.
+    family: the family of sites (`norm`, `mla`, ...) it stands for in reports; None if it is no site of its own.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Op:
     )
     fake: Callable[..., Any] | None = None
     error: Callable[[tuple, Sequence[torch.Tensor], Sequence[torch.Tensor]], float] = largest_error
+    family: str | None = None
 
     def __post_init__(self):
         qualname = f"dsopt::{self.name}"

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from dsopt.capture import WeakIdKeyDictionary, over_recompile_limit
 from dsopt.census import FAMILIES
+from dsopt.explain import Explanation, Ran
 from dsopt.op import Refusal
 from dsopt.rewrite import Log
 
@@ -37,21 +38,25 @@ class KernelUse:
 
 @dataclass(eq=False)
 class GraphReport:
-    """One compiled graph. totals: sites by family, counted independently of the passes."""
+    """One compiled graph.
+
+    counted: places of the sites by family, counted independently of the passes; ran: what runs where instead.
+    """
 
     name: str
     nodes_before: int = 0
     nodes_after: int = 0
     passes: list[Log] = field(default_factory=list)
     kernels: list[KernelUse] = field(default_factory=list)
-    totals: dict[str, int] = field(default_factory=dict)
+    counted: dict[str, list[str]] = field(default_factory=dict)
+    ran: list[Ran] = field(default_factory=list)
     compile_s: float = 0.0
     fallback: str | None = None
 
     def matched(self) -> dict[str, tuple[int, int]]:
         """(matched, total) by family. What a pass matched is a site even where the census saw none."""
         hits = Counter(hit["family"] for log in self.passes for hit in log.hits)
-        return {f: (hits[f], max(hits[f], self.totals.get(f, 0))) for f in FAMILIES}
+        return {f: (hits[f], max(hits[f], len(self.counted.get(f, ())))) for f in FAMILIES}
 
     def to_dict(self) -> dict:
         return {
@@ -108,6 +113,10 @@ class Report:
             "matched": self.matched,
             "fallbacks": self.fallbacks,
         }
+
+    def explain(self) -> Explanation:
+        """Module by module what was fused, which kernel runs it, and what was not and why."""
+        return Explanation(self.graphs)
 
     def __rich__(self) -> Group:
         if not self.graphs:

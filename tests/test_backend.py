@@ -296,7 +296,7 @@ def test_a_census_that_fails_falls_back_unless_strict(monkeypatch):
     def fails(gm):
         raise RuntimeError("no such luck")
 
-    monkeypatch.setattr("dsopt.backend.census", fails)
+    monkeypatch.setattr("dsopt.backend.census_sites", fails)
     model = Tiny()
     with torch.no_grad():
         with pytest.raises(Exception, match="no such luck"):

@@ -73,6 +73,17 @@ def test_compile_reports_what_was_fused(call, model):
     assert all(kernel["calls"] > 0 for graph in found["graphs"] for kernel in graph["kernels"])
 
 
+def test_compile_explains_module_by_module(call, fresh_dynamo):
+    given = ["deepseek_v3", "--tiny", "--layers", "4", "--tokens", "9", "--steps", "1"]
+    result = call("compile", *given, "--explain", "--json", "-")
+    assert result.exit_code == 0, result.output
+    assert "what runs in each module" in result.stderr
+    lines = json.loads(result.stdout)["explain"][-1]["lines"]
+    at = {(line["path"], line["family"]) for line in lines}
+    assert {("model.layers.0.mlp.down_proj", "mlp"), ("model.layers.1-3.self_attn", "mla")} <= at
+    assert all((line["kernel"] == "") == (line["reason"] != "") for line in lines)
+
+
 def test_compile_checks_what_it_is_asked_before_filling_weights(call, monkeypatch):
     monkeypatch.setattr("dsopt.trial.build", lambda *_: pytest.fail("weights were filled"))
     for given, message in (("rms_norm", "OP=BACKEND"), ("rms_norm=gpux", "known backends")):

@@ -151,8 +151,8 @@ def test_the_dict_has_the_documented_keys():
         assert list(one) == ["name", "rewrites", "misses"]
         assert all(list(miss) == ["site", "reason"] for miss in one["misses"])
     (kernel,) = graph["kernels"]
-    (refusal,) = kernel.pop("refused")
-    assert refusal["kernel"] == "cpu.rms_norm" and "options ask for torch" in refusal["reason"]
+    refused = {r["kernel"]: r["reason"] for r in kernel.pop("refused")}
+    assert "options ask for torch" in refused["cpu.rms_norm"]
     assert kernel == {
         "op": "rms_norm",
         "sites": 2,

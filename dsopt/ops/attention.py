@@ -97,4 +97,5 @@ mla_attention = Op(
     reference=mla_attention_reference,
     samples=_samples,
     tolerance={torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 3e-3},
+    family="mla",
 )

@@ -159,4 +159,5 @@ moe_experts = Op(
     reference=moe_experts_reference,
     samples=_samples,
     fake=_fake,
+    family="moe",
 )

@@ -84,4 +84,5 @@ gated_mlp = Op(
     "Tensor? b_down=None) -> Tensor",
     reference=gated_mlp_reference,
     samples=_gated_mlp_samples,
+    family="mlp",
 )

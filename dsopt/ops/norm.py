@@ -63,10 +63,12 @@ rms_norm = Op(
     schema="(Tensor x, Tensor? weight, float eps) -> Tensor",
     reference=rms_norm_reference,
     samples=_rms_norm_samples,
+    family="norm",
 )
 add_rms_norm = Op(
     name="add_rms_norm",
     schema="(Tensor x, Tensor residual, Tensor? weight, float eps) -> (Tensor, Tensor)",
     reference=add_rms_norm_reference,
     samples=_add_rms_norm_samples,
+    family="norm",
 )

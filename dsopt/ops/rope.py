@@ -62,4 +62,5 @@ rope = Op(
     schema="(Tensor x, Tensor cos, Tensor sin, bool interleaved_in, bool interleaved_out) -> Tensor",
     reference=rope_reference,
     samples=_samples,
+    family="rope",
 )

@@ -150,4 +150,5 @@ moe_route = Op(
     samples=_samples,
     tolerance=dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), 1e-5),
     error=moe_route_error,
+    family="router",
 )
