@@ -1,0 +1,83 @@
+"""Sibling projections: weights streamed once in float32 for few tokens, ATen's GEMM for many."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numba import prange
+from torch.nn.functional import linear as aten_linear
+
+from dsopt.capture import known
+from dsopt.kernels.numba.dots import ROWS, rows_dot
+from dsopt.kernels.numba.runtime import DTYPES, flat, kernel, nothing, run, store, widen
+from dsopt.op import Kernel
+
+# tokens up to which reading the weights dominates
+FEW_TOKENS = 16
+
+
+@kernel
+def _linear(x, w, w_stride, bias, out, tokens, n, k):
+    at = np.arange(tokens) * k
+    for block in prange((n + ROWS - 1) // ROWS):
+        first = block * ROWS
+        rows = min(ROWS, n - first)
+        dots = np.empty((tokens, ROWS), np.float32)
+        rows_dot(w, first * w_stride, w_stride, rows, x, at, k, dots)
+        for t in range(tokens):
+            for i in range(rows):
+                b = widen(bias[first + i]) if bias.size else np.float32(0)
+                store(out, t * n + first + i, dots[t, i] + b)
+
+
+def linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x @ w.T + bias, x (..., in_features) and w (out_features, in_features) of one dtype; see the module."""
+    tokens = x.shape[:-1].numel()
+    n, k = w.shape
+    if not 0 < tokens <= FEW_TOKENS or n == 0 or k == 0:
+        return aten_linear(x, w, bias)
+    out = torch.empty(*x.shape[:-1], n, dtype=x.dtype)
+    b = nothing(x.dtype) if bias is None else flat(bias.contiguous())
+    run(
+        tokens * n * k,
+        _linear,
+        flat(x.float().contiguous()),
+        flat(w),
+        w.stride(0),
+        b,
+        flat(out),
+        tokens,
+        n,
+        k,
+    )
+    return out
+
+
+def multi_linear(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
+) -> list[torch.Tensor]:
+    return [linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
+
+
+def check_weight(name: str, w: torch.Tensor, x: torch.Tensor) -> str | None:
+    """Why these kernels do not read a weight or bias where it lies, or None."""
+    if w.dtype != x.dtype or w.device != x.device:
+        return f"needs {name} of x's dtype and device, got {w.dtype} on {w.device}"
+    if w.ndim > 1 and not known(w.stride(-1) == 1) and not known(w.shape[-1] <= 1):
+        return f"needs rows of {name} whose elements are neighbours, got strides {list(w.stride())}"
+    return None
+
+
+def _check(x, weights, biases):
+    operands = [(f"weights[{i}]", w) for i, w in enumerate(weights)]
+    operands += [(f"biases[{i}]", b) for i, b in enumerate(biases) if b is not None]
+    return next(filter(None, (check_weight(name, w, x) for name, w in operands)), None)
+
+
+KERNELS = (
+    Kernel(
+        "multi_linear", "numba", lambda *_: multi_linear, _check, device="cpu", dtypes=DTYPES, priority=10
+    ),
+)
