@@ -32,6 +32,7 @@ __all__ = [
     "hint",
     "inductor",
     "known",
+    "map_tensors",
     "module_path",
     "over_recompile_limit",
     "raise_recompile_limit",
@@ -172,6 +173,11 @@ def from_export(program: torch.export.ExportedProgram) -> GraphModule:
 def flat(args: Any) -> list:
     """The leaves of nested arguments, in the order an exported program takes them."""
     return torch.utils._pytree.tree_leaves(args)
+
+
+def map_tensors(change: Callable[[torch.Tensor], Any], args: Any) -> Any:
+    """Nested arguments with every tensor changed."""
+    return torch.utils._pytree.tree_map_only(torch.Tensor, change, args)
 
 
 def unflat(program: torch.export.ExportedProgram, outputs: Sequence[Any]) -> Any:

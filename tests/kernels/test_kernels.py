@@ -1,16 +1,25 @@
 """Every kernel of every op on this machine against the op's reference in float64; nothing here names one."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._pytree import tree_leaves, tree_map
 
-from dsopt.op import Kernel, Op, kernels
+from dsopt.op import Kernel, kernels
 from dsopt.ops import OPS
-from dsopt.testing import poisoned, rand, relative_l2
+from dsopt.testing import (
+    LAYOUTS,
+    check_call,
+    check_layout,
+    check_repeats,
+    check_samples,
+    rand,
+    relative_l2,
+    run_kernel,
+    truth,
+)
 
 DEVICES = [torch.device(d) for d in ("cpu", "cuda") if d == "cpu" or torch.cuda.is_available()]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,101 +43,21 @@ each_layout = pytest.mark.parametrize(
 )
 
 
-def on_tensors(change: Callable, args: tuple) -> tuple:
-    return tree_map(lambda x: change(x) if isinstance(x, torch.Tensor) else x, args)
-
-
-def truth(op: Op, args: tuple) -> list[torch.Tensor]:
-    """The reference in float64."""
-    wide = on_tensors(lambda x: x.double() if x.dtype.is_floating_point else x, args)
-    return tree_leaves(op.reference(*wide))
-
-
-def bits(args: tuple) -> list[torch.Tensor]:
-    return [x.detach().clone() for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
-
-
-def run(kernel: Kernel, args: tuple) -> list[torch.Tensor]:
-    """The kernel's results over memory that held NaN; its arguments must be as they were."""
-    before = bits(args)
-    with poisoned(), torch.no_grad():
-        out = tree_leaves(kernel.plan(*args)(*args))
-    for x, old in zip(bits(args), before, strict=True):
-        assert torch.equal(x, old), "an argument was changed"
-    return out
-
-
-def check(op: Op, kernel: Kernel, args: tuple) -> bool:
-    """Compares one call with the truth; False if the kernel refused it."""
-    args = op.bind(args)
-    if kernel.refuses(args) is not None:
-        return False
-    first = next(x for x in args if isinstance(x, torch.Tensor))
-    got, want, like = run(kernel, args), truth(op, args), tree_leaves(op.reference(*args))
-    storages = {x.untyped_storage().data_ptr() for x in tree_leaves(args) if isinstance(x, torch.Tensor)}
-    for a, b in zip(got, like, strict=True):
-        assert a.shape == b.shape and a.dtype == b.dtype and a.device == first.device
-        assert a.is_contiguous()
-        assert not a.numel() or a.untyped_storage().data_ptr() not in storages, (
-            "a result is a view of an input"
-        )
-    assert op.error(args, got, want) <= op.tolerance[first.dtype]
-    return True
-
-
 @each_case
 def test_samples(op, kernel, device, dtype):
-    taken = [check(op, kernel, args) for args in op.samples(device, dtype)]
-    assert any(taken), "every sample was refused"
+    assert check_samples(kernel, device, dtype), "every sample was refused"
 
 
-def unaligned(x: torch.Tensor) -> torch.Tensor:
-    """The same values one element into a storage, so that no vector load of them is aligned."""
-    if x.numel() == 0:
-        return x
-    storage = x.new_empty(x.numel() + 1)
-    return storage[1:].view(x.shape).copy_(x)
-
-
-def last_dim_strided(x: torch.Tensor) -> torch.Tensor:
-    return torch.stack((x, torch.full_like(x, 1)), -1)[..., 0] if x.ndim else x
-
-
-def first_dim_inside(x: torch.Tensor) -> torch.Tensor:
-    return x.movedim(0, -1).contiguous().movedim(-1, 0) if x.ndim > 1 else x
-
-
-def padded_rows(x: torch.Tensor) -> torch.Tensor:
-    return torch.cat((x, x[..., :3]), -1)[..., : x.shape[-1]] if x.ndim else x
-
-
-def variants(args: tuple, change: Callable) -> Iterator[tuple]:
-    """The arguments with `change` made to each tensor alone, then to all."""
-    flat, spec = torch.utils._pytree.tree_flatten(args)
-    where = [i for i, x in enumerate(flat) if isinstance(x, torch.Tensor)]
-    for chosen in [[i] for i in where] + [where]:
-        yield torch.utils._pytree.tree_unflatten(
-            [change(x) if i in chosen else x for i, x in enumerate(flat)], spec
-        )
-
-
-@pytest.mark.parametrize("change", [unaligned, last_dim_strided, first_dim_inside, padded_rows])
+@pytest.mark.parametrize("change", LAYOUTS)
 @each_layout
 def test_memory_layouts(op, kernel, device, dtype, change):
-    # every other sample, small ones: what matters here is the layout
-    samples = [s for s in op.samples(device, dtype) if sum(x.numel() for x in bits(s)) < 6_000]
-    taken = [check(op, kernel, other) for args in samples[::2] for other in variants(args, change)]
-    assert any(taken), "every sample was refused"
+    assert check_layout(kernel, device, dtype, change), "every sample was refused"
 
 
 @each_layout
 def test_results_do_not_depend_on_the_call_before(op, kernel, device, dtype):
     """Bit for bit the same from scratch memory that another call left behind."""
-    samples = [a for s in op.samples(device, dtype) if kernel.refuses(a := op.bind(s)) is None]
-    first = [run(kernel, a) for a in samples[:4]]
-    for args, old in list(zip(samples[:4], first, strict=True))[::-1]:
-        for x, y in zip(run(kernel, args), old, strict=True):
-            assert torch.equal(x, y)
+    check_repeats(kernel, device, dtype)
 
 
 def accepting(name: str, args: tuple) -> list[Kernel]:
@@ -150,7 +79,7 @@ def extreme_norms(dtype: torch.dtype) -> Iterator[tuple]:
 def test_extreme_values_of_norms(dtype):
     for x, weight, eps in extreme_norms(dtype):
         for kernel in accepting("rms_norm", (x, weight, eps)):
-            assert check(OPS["rms_norm"], kernel, (x, weight, eps))
+            assert check_call(kernel, (x, weight, eps))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -167,8 +96,8 @@ def test_extreme_scores(dtype):
             mask[:, :, 1] = False
             args = (q[..., :12], q[..., 12:], latent, k_rope, *w, mask, 1.0)
             for kernel in accepting("mla_attention", args):
-                assert check(OPS["mla_attention"], kernel, args)
-                assert not run(kernel, OPS["mla_attention"].bind(args))[0][:, 1].any()
+                assert check_call(kernel, args)
+                assert not run_kernel(kernel, OPS["mla_attention"].bind(args))[0][:, 1].any()
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -190,7 +119,7 @@ def test_nothing_finite_is_lost_to_nan_in_masked_keys(dtype):
             0.25,
         )
         for kernel in accepting("mla_attention", args):
-            got = run(kernel, OPS["mla_attention"].bind(args))[0]
+            got = run_kernel(kernel, OPS["mla_attention"].bind(args))[0]
             short = truth(
                 OPS["mla_attention"], (*args[:2], latent[:, :40], k_rope[:, :40], *args[4:6], None, 0.25)
             )
@@ -203,7 +132,7 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16])
 
 def check_all(name: str, args: tuple) -> None:
     for kernel in accepting(name, args):
-        assert check(OPS[name], kernel, args)
+        assert check_call(kernel, args)
 
 
 @few
