@@ -17,6 +17,7 @@ from dsopt.rewrite import Log, OutOfFuel
 
 PIPELINE = (
     "canonicalize",
+    "fuse_absorbed_mla",
     "canonicalize_attention",
     "fuse_rms_norm",
     "fuse_rope",

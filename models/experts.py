@@ -45,20 +45,20 @@ class StackedExperts(nn.Module):
         ends = counts.cumsum(0, dtype=torch.int32)
         gate, up = torch._grouped_mm(x[order // topk], self.w13.mT, offs=ends).chunk(2, -1)
         y = torch._grouped_mm(F.silu(gate) * up, self.w2.mT, offs=ends)
-        y = torch.empty_like(y).index_copy(0, order, y)  # back in the order of the tokens
-        return _mix(y.unflatten(0, ids.shape), weights)
+        return _mix(y[order.argsort()], weights)
 
     def _gathered(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         expert = ids.flatten()
         pairs = x.repeat_interleave(ids.shape[-1], 0).unsqueeze(-1)
         gate, up = torch.bmm(self.w13[expert], pairs).chunk(2, 1)
         y = torch.bmm(self.w2[expert], F.silu(gate) * up).squeeze(-1)
-        return _mix(y.unflatten(0, ids.shape), weights)
+        return _mix(y, weights)
 
 
 def _mix(y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """(num_tokens, topk, hidden) of each choice -> their sum by weight, in y's dtype."""
-    return (y * weights.unsqueeze(-1)).sum(1).to(y.dtype)
+    """(num_tokens * topk, hidden) of each choice -> (num_tokens, hidden), their sum by weight, in y's dtype."""
+    mixed = y.view(*weights.shape, y.shape[-1]) * weights.unsqueeze(-1)
+    return mixed.sum(1).to(y.dtype)
 
 
 class SortedLoopExperts(nn.ModuleList):
