@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numba import prange
-from torch.nn.functional import linear as aten_linear
 
 from dsopt.capture import known
 from dsopt.kernels.numba.dots import ROWS, rows_dot
 from dsopt.kernels.numba.runtime import DTYPES, flat, kernel, nothing, run, store, widen
+from dsopt.kernels.torch import gemm
 from dsopt.op import Kernel
 
 # tokens up to which reading the weights dominates
@@ -37,7 +37,7 @@ def linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -
     tokens = x.shape[:-1].numel()
     n, k = w.shape
     if not 0 < tokens <= FEW_TOKENS or n == 0 or k == 0:
-        return aten_linear(x, w, bias)
+        return gemm.linear(x, w, bias)
     out = torch.empty(*x.shape[:-1], n, dtype=x.dtype)
     b = nothing(x.dtype) if bias is None else flat(bias.contiguous())
     run(

@@ -1,0 +1,44 @@
+"""Gated MLP: for few tokens the kernel of `moe_experts` with one expert, for many ATen's GEMMs."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import silu
+
+from dsopt.kernels.numba.moe_experts import FEW_TOKENS, add_mlp
+from dsopt.kernels.numba.multi_linear import check_weight
+from dsopt.kernels.numba.runtime import DTYPES
+from dsopt.kernels.torch.gemm import linear
+from dsopt.op import Kernel
+
+
+def gated_mlp(
+    x: torch.Tensor,
+    w_gate: torch.Tensor,
+    w_up: torch.Tensor,
+    w_down: torch.Tensor,
+    b_gate: torch.Tensor | None = None,
+    b_up: torch.Tensor | None = None,
+    b_down: torch.Tensor | None = None,
+) -> torch.Tensor:
+    tokens = x.shape[:-1].numel()
+    if tokens > FEW_TOKENS:
+        hidden = silu(linear(x, w_gate, b_gate), inplace=True)
+        return linear(hidden.mul_(linear(x, w_up, b_up)), w_down, b_down)
+    out = torch.zeros(tokens, w_down.shape[0])
+    if out.numel():
+        rows = x.reshape(tokens, x.shape[-1]).float().contiguous()
+        add_mlp(out, rows, w_gate, w_up, w_down, b_gate, b_up, b_down)
+    return out.to(x.dtype).view(*x.shape[:-1], w_down.shape[0])
+
+
+def _check(x, w_gate, w_up, w_down, b_gate=None, b_up=None, b_down=None):
+    operands = {"w_gate": w_gate, "w_up": w_up, "w_down": w_down}
+    operands |= {"b_gate": b_gate, "b_up": b_up, "b_down": b_down}
+    reasons = (check_weight(name, w, x) for name, w in operands.items() if w is not None)
+    return next(filter(None, reasons), None)
+
+
+KERNELS = (
+    Kernel("gated_mlp", "numba", lambda *_: gated_mlp, _check, device="cpu", dtypes=DTYPES, priority=10),
+)
