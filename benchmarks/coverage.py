@@ -190,13 +190,19 @@ def wrong(result: dict[str, Any]) -> str:
     return ""
 
 
+def failures(result: dict[str, Any]) -> list[str]:
+    """Why passes were left out, which no model should bring about."""
+    misses = [m for dtype in ("float32", "bfloat16") for m in result[dtype]["misses"]]
+    return list(dict.fromkeys(m["reason"] for m in misses if m["reason"].startswith("left out, it failed")))
+
+
 def is_full(result: dict[str, Any], kind: str) -> bool:
     """True when every site is matched, some of `kind` (mla, moe) among them, without a graph break or an error."""
     if "float32" not in result or wrong(result):
         return False
     runs = result["float32"], result["bfloat16"]
     sites = matched(result)
-    whole = not any(run["breaks"] or run["fallbacks"] for run in runs)
+    whole = not failures(result) and not any(run["breaks"] or run["fallbacks"] for run in runs)
     return whole and sites[kind][1] > 0 and all(a == b for a, b in sites.values())
 
 
@@ -208,6 +214,8 @@ def why_not(result: dict[str, Any]) -> list[str]:
         lines.append(f"fallback: {reason}")
     for reason in dict.fromkeys(r for run in runs for r in run["breaks"]):
         lines.append(f"graph break: {reason}")
+    for reason in failures(result):
+        lines.append(f"failed pass: {reason}")
     for family, (hits, total) in matched(result).items():
         if hits < total:
             reasons = [m["reason"] for run in runs for m in run["misses"] if m["family"] == family]

@@ -165,6 +165,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             "mrope_section": [1, 1, 2],
         },
     },
+    "flint": {"mlp_only_layers": [0]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 2, "head_dim": 16},
     # relative positions have one table entry for each head

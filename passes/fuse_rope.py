@@ -1,6 +1,7 @@
 """Rotations of pairs by a table of cosines and sines -> rope(x, cos, sin, interleaved_in, interleaved_out)
 
 half-split    x * cos + cat(-x[h:], x[:h]) * sin
+interleaved   x * cos + flatten(stack(-odd of x, even of x)) * sin, tables as wide as x
 pairwise      cat or stack of (a * cos - b * sin, b * cos + a * sin), a and b the halves or even/odd of x
 complex       view_as_real(view_as_complex(x) * table)
 """
@@ -12,6 +13,7 @@ from torch.fx import GraphModule, Node
 from dsopt.capture import known
 from dsopt.ops.rope import rope
 from dsopt.rewrite import (
+    END,
     Bindings,
     Call,
     Cast,
@@ -42,28 +44,29 @@ FAMILY = "rope"
 X, COS, SIN = Var("x", is_tensor), Var("cos", is_tensor), Var("sin", is_tensor)
 A, B = Var("a", is_tensor), Var("b", is_tensor)
 _NEG_B = Call((aten.neg.default,), (B,))
+_JOINS = (aten.flatten.using_ints, aten.reshape.default, aten.view.default)
 
 HALF_SPLIT = add(
     mul(X, COS),
     mul(Call((aten.cat.default,), (Items((_NEG_B, A)), Var("dim"))), SIN),
 )
+_TURNED_PAIRS = Call(_JOINS, (Call((aten.stack.default,), (Items((_NEG_B, A)), Var("dim"))),))
+INTERLEAVED = add(mul(Cast(X), COS), mul(Cast(_TURNED_PAIRS), SIN))
 _ROTATED_A = sub(mul(A, COS), mul(B, SIN))
 _ROTATED_B = add(mul(B, COS), mul(A, SIN))
 PAIRWISE_HALVES = Call((aten.cat.default,), (Items((Cast(_ROTATED_A), Cast(_ROTATED_B))), Var("dim")))
 _STACK = Call((aten.stack.default,), (Items((Cast(_ROTATED_A), Cast(_ROTATED_B))), Var("dim")))
-PAIRWISE_INTERLEAVED = Call((aten.flatten.using_ints, aten.reshape.default, aten.view.default), (_STACK,))
+PAIRWISE_INTERLEAVED = Call(_JOINS, (_STACK,))
 _PAIRS = Call((aten.reshape.default, aten.view.default), (Cast(X), Var("sizes")))
 _COMPLEX = Call((aten.view_as_complex.default,), (_PAIRS,))
-COMPLEX = Call(
-    (aten.flatten.using_ints, aten.reshape.default, aten.view.default),
-    (Call((aten.view_as_real.default,), (mul(_COMPLEX, Var("table", is_tensor)),)),),
-)
+COMPLEX = Call(_JOINS, (Call((aten.view_as_real.default,), (mul(_COMPLEX, Var("table", is_tensor)),)),))
 
 
 def run(gm: GraphModule, log: Log) -> None:
     for node in list(gm.graph.nodes):
         for pattern, rewrite in (
             (HALF_SPLIT, _half_split),
+            (INTERLEAVED, _interleaved),
             (PAIRWISE_HALVES, _pairwise),
             (PAIRWISE_INTERLEAVED, _pairwise),
             (COMPLEX, _complex),
@@ -78,7 +81,7 @@ def _fits(node: Node, found: Bindings) -> bool:
     """False for a way to match that took a table for the input, or the input's cast for the input."""
     x = found.get("x")
     if "a" in found and (pair := _pair_layout(found["a"], found["b"])) is not None:
-        return x is None or pair == (x, False)
+        return x is None or pair[0] is x
     return x is not None and val(x).dtype == val(last_cast(node, val(x).dtype)).dtype
 
 
@@ -111,6 +114,45 @@ def _half_split(gm: GraphModule, node: Node, found: Bindings, log: Log) -> None:
     if pair is None or pair != (found["x"], False) or not is_inner_dim(found["dim"], val(node).ndim):
         return
     _emit(gm, node, found, found["x"], found["cos"], found["sin"], (False, False), log)
+
+
+def _interleaved(gm: GraphModule, node: Node, found: Bindings, log: Log) -> None:
+    x = found["x"]
+    if _pair_layout(found["a"], found["b"]) != (x, True) or not is_inner_dim(
+        found["dim"], val(node).ndim + 1
+    ):
+        return
+    if not all(same_shape(shape(n), shape(x)) for n in found["inner"] if is_op(n, *_JOINS)):
+        return
+    if not all(known(shape(found[name])[-1] == shape(x)[-1]) for name in ("cos", "sin")):
+        log.miss(node, "the tables are not as wide as the input")
+        return
+    emit = Emitter(gm, node)
+    cos, sin = (_by_halves(emit, found[name]) for name in ("cos", "sin"))
+    _emit(gm, node, found, x, cos, sin, (True, True), log)
+
+
+def _by_halves(emit: Emitter, table: Node) -> Node:
+    """A table for pairs side by side as the op takes it: one entry a pair, or those of a' before those of b'."""
+    views, source = [], table
+    while is_op(source, aten.unsqueeze.default) and source.args[1] % val(source).ndim < val(source).ndim - 1:
+        views.append(source)
+        source = source.args[0]
+    if _is_doubled(source):
+        narrow = source.args[0]
+        for view in reversed(views):
+            narrow = emit(aten.unsqueeze.default, narrow, view.args[1] % val(view).ndim)
+        return narrow
+    even, odd = (emit(aten.slice.Tensor, table, -1, i, END, 2) for i in (0, 1))
+    return emit(aten.cat.default, [even, odd], -1)
+
+
+def _is_doubled(node: Node) -> bool:
+    """True for a last dim whose every entry is repeated twice in a row."""
+    if not is_op(node, aten.repeat_interleave.self_int) or argument(node, "repeats") != 2:
+        return False
+    dim = argument(node, "dim")
+    return dim is not None and is_inner_dim(dim, val(node).ndim)
 
 
 def _pairwise(gm: GraphModule, node: Node, found: Bindings, log: Log) -> None:

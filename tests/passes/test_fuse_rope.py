@@ -115,6 +115,40 @@ def test_spellings(formula, dtype):
         assert relative_l2(result.run(x), model(x)) < TOLERANCE[dtype]
 
 
+def turn_pairs(x):
+    return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+
+
+def interleaved(x, cos, sin):
+    return x * cos + turn_pairs(x) * sin
+
+
+def interleaved_in_float32(x, cos, sin):
+    return (x.float() * cos + turn_pairs(x).float() * sin).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("formula", [interleaved, interleaved_in_float32], ids=lambda f: f.__name__)
+def test_interleaved_with_tables_as_wide_as_the_input(formula, dtype):
+    # entries of a pair differ here, so that each must find its own
+    args = heads(dtype), *(torch.randn(1, 1, TOKENS, DIM).to(dtype) for _ in range(2))
+    result = rewritten(formula, *args, passes=PASSES)
+    assert result.log("fuse_rope").families == {"rope": 1}
+    assert {"dsopt.rope", "aten.slice", "aten.cat"} == set(result.ops())
+    assert relative_l2(result.run(*args), formula(*args)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("formula", [interleaved, interleaved_in_float32], ids=lambda f: f.__name__)
+def test_interleaved_with_repeated_tables(formula):
+    def rotate(x, cos, sin):
+        return formula(x, *(t.repeat_interleave(2, dim=-1).unsqueeze(1) for t in (cos, sin)))
+
+    args = heads(), *(t[0] for t in tables(DIM // 2))
+    result = rewritten(rotate, *args, passes=PASSES)
+    assert set(result.ops()) == {"aten.unsqueeze", "dsopt.rope"}, "the tables need not be repeated"
+    assert relative_l2(result.run(*args), rotate(*args)) < 1e-6
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_tables_in_float32(dtype):
     cos, sin = tables(DIM)
@@ -256,9 +290,42 @@ def two_tables(x, cos, sin):
     return torch.cat((a * c1 - b * s1, b * c2 * 2 + a * s2), -1)
 
 
+def pairs_turned_the_other_way(x, cos, sin):
+    return x * cos + torch.stack((x[..., 1::2], -x[..., ::2]), -1).flatten(-2) * sin
+
+
+def pairs_of_another(x, cos, sin):
+    return x * cos + turn_pairs(x + 1) * sin
+
+
+def pairs_to_halves(x, cos, sin):
+    return x * cos + torch.cat((-x[..., 1::2], x[..., ::2]), -1) * sin
+
+
+def halves_to_pairs(x, cos, sin):
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.stack((-b, a), -1).flatten(-2) * sin
+
+
+def pairs_behind_one_another(x, cos, sin):
+    return x * cos + torch.stack((-x[..., 1::2], x[..., ::2]), -2).flatten(-2) * sin
+
+
 @pytest.mark.parametrize(
     "formula",
-    [other_sign, unequal_parts, halves_of_another, another_axis, unmixed, two_tables],
+    [
+        other_sign,
+        unequal_parts,
+        halves_of_another,
+        another_axis,
+        unmixed,
+        two_tables,
+        pairs_turned_the_other_way,
+        pairs_of_another,
+        pairs_to_halves,
+        halves_to_pairs,
+        pairs_behind_one_another,
+    ],
     ids=lambda f: f.__name__,
 )
 def test_what_is_no_rotation_stays(formula):
@@ -276,6 +343,16 @@ def test_table_that_widens_the_input_is_a_near_miss():
         "the table broadcasts the input to another shape"
     ]
     assert relative_l2(result.run(*args), half_split(*args)) < 1e-6
+
+
+def test_interleaved_with_half_a_table_is_a_near_miss():
+    args = torch.randn(1, 1, TOKENS, DIM), *(t[..., :1] for t in tables(DIM))
+    result = rewritten(interleaved, *args, passes=PASSES)
+    assert result.log("fuse_rope").rewrites == 0
+    assert [m["reason"] for m in result.log("fuse_rope").misses] == [
+        "the tables are not as wide as the input"
+    ]
+    assert relative_l2(result.run(*args), interleaved(*args)) < 1e-6
 
 
 def complex_table(*lead):
