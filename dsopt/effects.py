@@ -8,6 +8,7 @@ tell a read from another one that the same result also makes, so every pass asks
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -96,8 +97,7 @@ def _aliased(node: Node) -> Iterator[Node]:
         return
     schema = getattr(node.target, "_schema", None)
     if schema is None:
-        # getitem and sizes: whatever they come from
-        yield from node.all_input_nodes
+        yield from _picked_from(node)
         return
     for i, arg in enumerate(schema.arguments):
         if arg.alias_info is None:
@@ -112,6 +112,19 @@ def _aliased(node: Node) -> Iterator[Node]:
     # and whatever the trace has seen to share memory with an input
     memory = _memory(node)
     yield from (source for source in node.all_input_nodes if memory & _memory(source))
+
+
+def _picked_from(node: Node) -> Iterator[Node]:
+    """What getitem (or arithmetic on sizes) shares memory with.
+
+    The results of one call do not share memory with each other, unless they are views of its input.
+    """
+    source = node.args[0] if node.args else None
+    if node.target is not operator.getitem or not isinstance(source, Node) or any(True for _ in _aliased(source)):
+        yield from node.all_input_nodes
+        return
+    same = [user for user in source.users if user.target is operator.getitem and user.args[1] == node.args[1]]
+    yield from (first for first in [min(same)] if first is not node)
 
 
 def _memory(node: Node) -> set[int]:

@@ -80,7 +80,7 @@ def _serves(node: Node, new: Node, before: Node, order: Order, theirs: set[Node]
 
 
 def _in_place_to_pure(gm: GraphModule, log: Log) -> None:
-    """x.add_(y) -> x + y for a fresh x that nothing reads afterwards under its old name or a view's."""
+    """x.add_(y) -> x + y for a fresh x, or a view of one, whose memory nothing reads afterwards but through the result."""
     base_of = bases(gm)
     aliases: dict[Node, list[Node]] = {}
     for node, its_bases in base_of.items():
@@ -90,11 +90,14 @@ def _in_place_to_pure(gm: GraphModule, log: Log) -> None:
         if node.op != "call_function" or node.target not in _PURE:
             continue
         x = node.args[0]
-        if base_of[x] != {x} or x.op != "call_function":
+        if len(base_of[x]) != 1:
+            continue
+        (base,) = base_of[x]
+        if base_of[base] != {base} or base.op != "call_function":
             continue
         # what carries on from the call itself sees the new value either way
         earlier, later = (
-            [n for n in aliases[x] if (n < node) == side and n is not node] for side in (True, False)
+            [n for n in aliases[base] if (n < node) == side and n is not node] for side in (True, False)
         )
         if any(node < user for n in earlier for user in n.users):
             continue
@@ -105,8 +108,8 @@ def _in_place_to_pure(gm: GraphModule, log: Log) -> None:
         log.hit()
         replace(node, pure)
         gm.graph.erase_node(node)
-        aliases[x], aliases[pure] = earlier, [pure, *later]
-        base_of.update((n, base_of.get(n, frozenset()) - {x} | {pure}) for n in aliases[pure])
+        aliases[base], aliases[pure] = earlier, [pure, *later]
+        base_of.update((n, base_of.get(n, frozenset()) - {base} | {pure}) for n in aliases[pure])
 
 
 def _contiguous_strides(sizes) -> list:
@@ -358,10 +361,11 @@ _SPLITS = (
     aten.tensor_split.sections,
 )
 
-_POINTWISE = "add sub mul div pow masked_fill silu sigmoid relu neg square sqrt rsqrt exp clamp tanh".split()
+_WRITES = "add sub mul div pow silu sigmoid relu neg square sqrt rsqrt exp clamp tanh floor_divide".split()
+_WRITES += "masked_fill scatter scatter_add index_put index_copy index_add index_fill logical_not bitwise_not".split()
 _PURE = {
     getattr(getattr(aten, f"{name}_"), overload): getattr(getattr(aten, name), overload)
-    for name in _POINTWISE
+    for name in _WRITES
     for overload in getattr(aten, f"{name}_").overloads()
     if overload in getattr(aten, name).overloads()
 }
