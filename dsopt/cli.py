@@ -120,7 +120,10 @@ def env(json_file: Json = None) -> None:
 
     description = machine.describe()
     description["isa"] = _isa()
-    description["kernels"] = _kernels()
+    try:
+        description["kernels"] = _kernels()
+    except ValueError as error:  # a misspelt DSOPT_DISABLE, or two kernels of one name
+        raise _fail(str(error)) from error
     description["environment"] = {name: os.environ.get(name) for name in VARIABLES}
     _write(description, json_file)
     if json_file == "-":
@@ -185,10 +188,7 @@ def _kernels() -> list[dict[str, Any]]:
     from dsopt.ops import OPS
 
     devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-    try:
-        disabled = disabled_backends()
-    except ValueError as error:
-        raise _fail(str(error)) from error
+    disabled = disabled_backends()
     rows = []
     for op in OPS.values():
         for device in devices:

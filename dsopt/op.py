@@ -161,27 +161,33 @@ def backends() -> tuple[str, ...]:
 
 @functools.cache
 def kernels(op_name: str) -> tuple[tuple[Kernel, ...], tuple[Refusal, ...]]:
-    """All kernels of an op, highest priority first, and the files that failed to import with the reason.
+    """All kernels of an op, highest priority first, and the modules that failed to import with the reason.
 
-    Kernels are the `KERNELS` of `dsopt.kernels.<backend>.<op>` and of each module named by an entry point
-    of group `dsopt.kernels`.
+    Kernels are the `KERNELS` of `dsopt.kernels.<backend>.<op>` and of each module that an entry point of group
+    `dsopt.kernels` names; the entry point's name is the backend's. Raises ValueError for two of one label.
     """
     found: list[Kernel] = []
     broken: list[Refusal] = []
+    known = backends()
 
-    def take(label: str, load: Callable[[], ModuleType]) -> None:
+    def take(backend: str, load: Callable[[], ModuleType]) -> None:
         try:
-            found.extend(k for k in load().KERNELS if k.op == op_name)
+            offered = [k for k in load().KERNELS if k.op == op_name]
         except Exception as error:  # an optional dependency that is absent or broken is a reason, not a crash
-            broken.append(Refusal(label, f"import failed: {type(error).__name__}: {error}"))
+            broken.append(Refusal(f"{backend}.{op_name}", f"import failed: {type(error).__name__}: {error}"))
+            return
+        found.extend(k for k in offered if k.backend == backend)
+        for k in offered:
+            if k.backend not in known:  # no option could name it
+                broken.append(Refusal(k.label, f"backend {k.backend} is registered under the name {backend}"))
 
     for backend in pkgutil.iter_modules(dsopt.kernels.__path__):
         path = [os.path.join(root, backend.name) for root in dsopt.kernels.__path__]
         if any(m.name == op_name for m in pkgutil.iter_modules(path)):
             module = f"dsopt.kernels.{backend.name}.{op_name}"
-            take(f"{backend.name}.{op_name}", functools.partial(importlib.import_module, module))
+            take(backend.name, functools.partial(importlib.import_module, module))
     for entry in entry_points(group=ENTRY_POINT_GROUP):
-        take(f"{entry.name}.{op_name}", entry.load)
+        take(entry.name, entry.load)
 
     labels = [k.label for k in found]
     for label in labels:

@@ -60,8 +60,11 @@ def check_kernel(
 
     dtypes: those to try; by default the kernel's own, or float32, bfloat16 and float16 if it names none.
     The samples come as they are, then in other memory layouts, then again over scratch memory that another call
-    left behind. Raises AssertionError for the first call that is wrong, and if the kernel refused every sample.
+    left behind. Raises AssertionError for the first call that is wrong, and if the kernel refused every sample;
+    ValueError for a kernel of an unknown op.
     """
+    if kernel.op not in OPS:
+        raise ValueError(f"{kernel.label} is of unknown op {kernel.op!r}; known ops: {', '.join(OPS)}")
     taken = 0
     for dtype in dtypes or sorted(kernel.dtypes, key=str) or DTYPES:
         taken += check_samples(kernel, device, dtype)

@@ -90,3 +90,8 @@ def test_refusing_everything_is_no_success():
     refuses = kernel(rms_norm.reference, check=lambda *_: "never")
     with pytest.raises(AssertionError, match=r"mine\.rms_norm refused every sample: never"):
         check_kernel(refuses)
+
+
+def test_an_unknown_op_lists_the_known():
+    with pytest.raises(ValueError, match=r"mine\.rmsnorm is of unknown op 'rmsnorm'; known ops: rms_norm, "):
+        check_kernel(Kernel("rmsnorm", "mine", lambda *_: None))
