@@ -1,8 +1,8 @@
 """How many sites of each family a captured graph holds, counted without the passes.
 
 The report sets these totals against what the passes matched, so that a miss cannot hide. Everything here
-reads the graph as captured, before any pass, and no matcher decides by it: `is_expanded_latent` only tells
-absorb_mla whether an attention it leaves alone is worth a line in the report.
+reads the graph as captured, before any pass, and no matcher decides by it: `is_expanded_latent` and `is_norm` only
+tell absorb_mla and fuse_rms_norm whether what they leave alone is worth a line in the report.
 
     mla      attention whose keys are expanded from a low-rank latent
     moe      expert layers: grouped GEMMs, or batched ones with gathered weights
@@ -40,7 +40,7 @@ def census_sites(gm: GraphModule) -> dict[str, list[Node]]:
         "mla": [n for n in nodes for key in _attention_keys(n) if is_expanded_latent(key)],
         "moe": [n for n in nodes if _is_expert_gemm(n) and not any(map(_is_expert_gemm, _gated_sources(n)))],
         "router": list(dict.fromkeys(scores)),
-        "norm": [n for n in nodes if _is_norm(n)],
+        "norm": [n for n in nodes if is_norm(n)],
         "rope": list(dict.fromkeys(turned)),
         "mlp": [n for n in nodes if _is_gated_linear(n)],
     }
@@ -168,7 +168,8 @@ def _router_scores(topk: Node) -> Iterator[Node]:
                 yield up
 
 
-def _is_norm(node: Node) -> bool:
+def is_norm(node: Node) -> bool:
+    """True for the root of a mean of squares, and for norms called by name; not for the root in a layer norm."""
     if _name(node) in ("rms_norm", "_fused_rms_norm"):
         return True
     root = _name(node) in ("rsqrt", "sqrt") or (_name(node) == "pow" and node.args[1] in (-0.5, 0.5))
@@ -179,9 +180,30 @@ def _is_norm(node: Node) -> bool:
     ):
         total = mean.args[0] if _is_sum_by_count(mean) else mean
         if total is not mean or _name(mean) == "mean":
-            square = next(_upstream(total.args[0], lambda n: _name(n) in ("to", "_to_copy")), None)
-            return square is not None and _name(square) in ("pow", "square", "mul")
+            square = next((n for n in _upstream(total.args[0], _keeps_square) if not _keeps_square(n)), None)
+            is_square = square is not None and _name(square) in ("pow", "square", "mul")
+            return is_square and not _is_centered(square.args[0])
     return False
+
+
+def _keeps_square(node: Node) -> bool:
+    """True for casts, and for an epsilon that is added inside the mean."""
+    return _name(node) in ("to", "_to_copy") or (_name(node) == "add" and not isinstance(node.args[1], Node))
+
+
+def _is_centered(node: object) -> bool:
+    """True for x - mean(x): the square of that makes a layer norm."""
+    node = _without_casts(node)
+    if not isinstance(node, Node) or _name(node) != "sub":
+        return False
+    x, mean = (_without_casts(a) for a in node.args[:2])
+    return isinstance(mean, Node) and _name(mean) == "mean" and _without_casts(mean.args[0]) is x
+
+
+def _without_casts(node: object) -> object:
+    while isinstance(node, Node) and _name(node) in ("to", "_to_copy", "type_as"):
+        node = node.args[0]
+    return node
 
 
 def _is_sum_by_count(node: Node) -> bool:

@@ -19,8 +19,8 @@ PIPELINE = (
     "canonicalize",
     "fuse_absorbed_mla",
     "canonicalize_attention",
+    "fuse_rope",  # before the norms: the sum in a rotation is no residual
     "fuse_rms_norm",
-    "fuse_rope",
     "fuse_gated_mlp",
     "fuse_router",
     "batch_experts",

@@ -14,6 +14,7 @@ import operator
 from torch.fx import GraphModule, Node
 
 import dsopt.ops.norm as ops
+from dsopt.census import is_norm
 from dsopt.rewrite import (
     Bindings,
     Call,
@@ -71,7 +72,7 @@ def run(gm: GraphModule, log: Log) -> None:
             taken.update(found["inner"])
             _fuse(gm, node, found, log)
     for node in gm.graph.nodes:
-        if is_op(node, aten.rsqrt.default, aten.sqrt.default) and node not in taken and _is_norm_like(node):
+        if is_op(node, aten.rsqrt.default, aten.sqrt.default) and node not in taken and is_norm(node):
             log.miss(node, "not x * rsqrt(mean(x^2, -1) + eps): eps, mean or product stand elsewhere")
 
 
@@ -86,21 +87,6 @@ def _find(pattern: Pattern, node: Node) -> Bindings | None:
         return same and keeps(way, dtype) and val(last_cast(node, dtype)).dtype == dtype
 
     return best_match(pattern, node, good)
-
-
-def _is_norm_like(root: Node) -> bool:
-    """True for a root of something made of a mean of squares, each within a few steps."""
-    means = (n for n in _above(root, 4) if is_op(n, aten.mean.dim))
-    return any(is_op(n, aten.pow.Tensor_Scalar) and n.args[1] == 2 for mean in means for n in _above(mean, 3))
-
-
-def _above(node: Node, steps: int) -> set[Node]:
-    """The nodes that `node` is computed from in up to so many steps."""
-    found, frontier = set(), {node}
-    for _ in range(steps):
-        frontier = {a for n in frontier for a in n.all_input_nodes}
-        found |= frontier
-    return found
 
 
 def _native(gm: GraphModule, node: Node, log: Log) -> None:

@@ -32,7 +32,9 @@ def norm(x, w=1.0):
         lambda x: x * ((x * x).mean(-1, keepdim=True) + 1e-6) ** -0.5,
         lambda x: F.rms_norm(x, (32,)),
         lambda x: x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) / 32 + 1e-6),
+        lambda x: x * torch.rsqrt((x - x[:1].mean(-1, True)).pow(2).mean(-1, True) + 1e-6),
         # what the pass refuses is a site all the same
+        lambda x: x * torch.rsqrt((x.pow(2) + 1e-6).mean(-1, keepdim=True)),
         lambda x: x * (torch.rsqrt(x.pow(2).mean(-1, keepdim=True)) + 1e-6),
         lambda x: x.bfloat16() * torch.rsqrt(x.bfloat16().float().pow(2).mean(-1, keepdim=True) + 1e-6),
     ],
@@ -49,6 +51,7 @@ def test_norms_are_counted_one_by_one():
     "fn",
     [
         lambda x: F.layer_norm(x, (32,)),
+        lambda x: (x - x.mean(-1, True)) * torch.rsqrt((x - x.mean(-1, True)).pow(2).mean(-1, True) + 1e-6),
         lambda x: x / torch.sqrt(x.pow(2).sum(-1, keepdim=True) / 31 + 1e-6),
         lambda x: x / torch.sqrt(x.pow(2).sum(-1, keepdim=True) + 1e-6),
         lambda x: x * x[:1] + x * x[:1],
