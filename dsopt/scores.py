@@ -20,7 +20,7 @@ _HIDDEN = -1e9
 
 @dataclass
 class Scores:
-    """scores = scale * product + mask, or that with `hidden_by` where `fill` is True.
+    """scores = scale * product + mask, or that with `hidden_by` where `fill` is True, or -inf where `seen` is False.
 
     between: the nodes from the softmax's input down to the product, the product left out.
     """
@@ -30,7 +30,12 @@ class Scores:
     mask: Node | None = None
     fill: Node | None = None
     hidden_by: float = 0.0
+    seen: Node | None = None
     between: list[Node] = field(default_factory=list)
+
+    @property
+    def masks(self) -> list[Node]:
+        return [x for x in (self.mask, self.fill, self.seen) if x is not None]
 
     def emit_mask(self, emit: Emitter, order: Sequence[int], dtype: torch.dtype) -> Node | None:
         """The mask an attention takes, its axes in `order` of those of the scores; None if there is none.
@@ -47,6 +52,8 @@ class Scores:
                 mask = emit(aten.unsqueeze.default, mask, 0)
             return mask if list(order) == list(range(ndim)) else emit(aten.permute.default, mask, list(order))
 
+        if self.seen is not None:
+            return ordered(self.seen)
         if self.fill is not None and self.hidden_by == float("-inf") and val(self.fill).dtype == torch.bool:
             seen = self.fill.args[0] if is_op(self.fill, *_NOT) else None
             if seen is None or val(seen).dtype != torch.bool:

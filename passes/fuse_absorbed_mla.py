@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch.fx import GraphModule, Node
 
 from dsopt.axes import Labelled, factors, fresh, is_product, onward, peel
@@ -65,16 +66,16 @@ class Key:
 
     def is_same(self, other: Labelled, depth: int) -> bool:
         """True for the same part of the same tensor, whose axis `depth` stands for this one's."""
-        node, axes = other.node, other.axes
         if self.span is not None:
+            node, axes = other.node, other.axes
             if not is_op(node, aten.slice.Tensor) or axes[argument(node, "dim") % len(axes)] != depth:
                 return False
-            if ((argument(node, "start") or 0), argument(node, "end"), argument(node, "step")) != (
-                *self.span,
-                1,
-            ):
+            start, end, step = (argument(node, a) for a in ("start", "end", "step"))
+            width = shape(node.args[0])[argument(node, "dim")]
+            if (start or 0, width if end is None else min(end, width), step) != (*self.span, 1):
                 return False
-            node = node.args[0]
+            other = peel(Labelled(node.args[0], axes))
+        node, axes = other.node, other.axes
         if node is not self.x.node:
             return False
         sizes = shape(node)
@@ -164,7 +165,8 @@ def _from_fused(sdpa: Node) -> Attention | str | None:
     if not isinstance(scale, (int, float)):
         return "the scale is not a number"
     out = Labelled(sdpa, (b, h, s, c))
-    scores = Scores(sdpa, scale, mask)
+    flags = mask is not None and val(mask).dtype == torch.bool
+    scores = Scores(sdpa, scale, seen=mask) if flags else Scores(sdpa, scale, mask)
     return Attention(pairs, (b, h, s, t), scores, peel(values), out, argument(sdpa, "is_causal"))
 
 
@@ -260,7 +262,7 @@ def _read(attention: Attention) -> Found | str | None:
         if not all(x.has(order) for x, order in operands):
             return "the operands have other axes than batch, heads, tokens and their depth"
         out = Labelled(last_cast(out.node, val(q_nope.node).dtype), out.axes)
-        leaves = [x.node for x, _ in operands] + [attention.scores.mask, attention.scores.fill]
+        leaves = [x.node for x, _ in operands] + attention.scores.masks
         inner = between(out.node, leaves)
         return _refusal(attention, operands, inner) or Found(attention, operands, out, (b, h, s, t, v), inner)
     return None
@@ -308,9 +310,8 @@ def _refusal(
         return f"scores or weights are rounded to less than the values' {dtype}"
     if other := other_reader(inner[0], inner, [n for n in inner if is_op(n, *_SHARED)]):
         return f"{other.name} inside the attention is read by another node"
-    mask, h = attention.scores.mask or attention.scores.fill, operands[0][1][1]
-    axis = attention.axes.index(h) - 4
-    if mask is not None and val(mask).ndim >= -axis and not known(shape(mask)[axis] == 1):
+    axis = attention.axes.index(operands[0][1][1]) - 4
+    if any(val(m).ndim >= -axis and not known(shape(m)[axis] == 1) for m in attention.scores.masks):
         return "the mask differs by head"
     return None
 
