@@ -37,7 +37,7 @@ def census_sites(gm: GraphModule) -> dict[str, list[Node]]:
     scores = [s for n in nodes if _name(n) == "topk" for s in _router_scores(n)]
     turned = [r for n in nodes for r in (*_rotations(n), *_half_rotations(n))]
     return {
-        "mla": [n for n in nodes for key in _attention_keys(n) if is_expanded_latent(key)],
+        "mla": [n for n in nodes if any(map(is_expanded_latent, _attention_keys(n))) or _is_absorbed(n)],
         "moe": [n for n in nodes if _is_expert_gemm(n) and not any(map(_is_expert_gemm, _gated_sources(n)))],
         "router": list(dict.fromkeys(scores)),
         "norm": [n for n in nodes if is_norm(n)],
@@ -130,6 +130,55 @@ def is_expanded_latent(key: Node) -> bool:
             if _name(origin) in ("linear", "matmul", "mm") and known(_in_features(origin) > rank):
                 return True
     return False
+
+
+_PRODUCTS = ("matmul", "bmm", "einsum")
+_CUTS = frozenset("slice split split_with_sizes chunk unbind getitem select narrow".split())
+
+
+def _operands(product: Node) -> list[Node]:
+    return [a for a in product.all_input_nodes if isinstance(a.meta.get("val"), torch.Tensor)]
+
+
+def _is_absorbed(attention: Node) -> bool:
+    """True when the values are the keys or a part of them, and queries come from a product with matrices by head."""
+    if _name(attention).startswith(("scaled_dot_product_", "_scaled_dot_product_")):
+        read, values = list(attention.args[:2]), [attention.args[2]]
+    elif _name(attention) in ("softmax", "_softmax"):
+        pointwise = _VIEWS | set("mul div add sub masked_fill where".split())
+        scores = [
+            n for n in _upstream(attention.args[0], lambda n: _name(n) in pointwise) if _name(n) in _PRODUCTS
+        ]
+        read = [a for n in scores for a in _operands(n)]
+        values = [a for n in _readers(attention) if _name(n) in _PRODUCTS for a in _operands(n)]
+    else:
+        return False
+    whole = {n for a in read for n in _upstream(a, lambda n: _name(n) in (_VIEWS - _CUTS) | {"cat"})}
+    whole |= {_uncut(n) for n in (*whole, *read)}
+    latent = [v for v in values if attention not in _upstream(v, lambda n: _name(n) in _VIEWS)]
+    if not any(_uncut(v) in whole or _uncut(_without_views(v)) in whole for v in latent):
+        return False
+    return any(_is_product_by_head(n) for a in read for n in (a, *_upstream(a, _is_move)))
+
+
+def _uncut(node: Node) -> Node:
+    """What views that keep all of a tensor were taken of."""
+    while _name(node) in _VIEWS - _CUTS and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _readers(node: Node) -> Iterator[Node]:
+    """What reads a node, through views and casts."""
+    for user in node.users:
+        yield from _readers(user) if _name(user) in _VIEWS else (user,)
+
+
+def _is_product_by_head(node: Node) -> bool:
+    """True for a product with a weight, given to the graph, that has an axis of heads."""
+    return _name(node) in _PRODUCTS and any(
+        _without_views(a).op == "placeholder" and a.meta["val"].ndim == 3 for a in _operands(node)
+    )
 
 
 def _is_static(*nodes: Node) -> bool:
