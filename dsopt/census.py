@@ -276,9 +276,10 @@ def _rotations(node: Node) -> Iterator[Node]:
     if _name(node) != "mul" or not all(isinstance(a, Node) for a in node.args):
         return
     value = node.meta["val"]
-    tables = [
-        a for a in node.args if _is_table(a, ("polar", "complex", "exp") if value.is_complex() else ("cos",))
-    ]
+    roots = ("polar", "complex", "exp") if value.is_complex() else ("cos",)
+    tables = [a for a in node.args if _is_table(a, roots)]
+    if value.is_complex() and any(_name(_without_views(a)) == "view_as_complex" for a in node.args):
+        tables += [a for a in node.args if _is_given(a)]
     if len(tables) != 1:
         return
     if value.is_complex():
@@ -303,7 +304,13 @@ def _half_rotations(node: Node) -> Iterator[Node]:
 
 
 def _is_given(table: object) -> bool:
-    return isinstance(table, Node) and _without_views(table).op == "placeholder"
+    """True for a table that the graph is given, or rows of one."""
+    if not isinstance(table, Node):
+        return False
+    rows = _without_views(table)
+    while _name(rows) in ("index", "index_select", "embedding"):
+        rows = _without_views(rows.args[0])
+    return rows.op == "placeholder"
 
 
 def _is_turned(node: object, x: object) -> bool:

@@ -75,6 +75,16 @@ def test_rotations_by_tables_that_are_given():
     assert totals(lambda x, c, s: x * c.exp()[0] + rotate_half(x) * s[0], X, tables, tables) == {}
 
 
+def test_rotations_by_complex_tables_that_are_given():
+    def turned(x, table):
+        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (16, 2))) * table).flatten(-2)
+
+    table, rows = torch.randn(9, 16, dtype=torch.complex64), torch.tensor([2, 5, 6])
+    assert totals(lambda x, t: turned(x, t[:3]), X, table) == {"rope": 1}
+    assert totals(lambda x, t, rows: turned(x, t[rows]), X, table, rows) == {"rope": 1}
+    assert totals(lambda x, t: t * t.conj(), X, table) == {}
+
+
 def test_counting_adds_no_guard():
     from dsopt.capture import guard_count
 
