@@ -9,7 +9,7 @@ tell absorb_mla and fuse_rms_norm whether what they leave alone is worth a line 
     router   top-k choices over softmax or sigmoid scores of a linear layer
     norm     reciprocal roots of a mean of squares
     rope     rotations by a table of cosines and sines
-    mlp      linear layers over silu(a) * b
+    mlp      linear layers over silu(a) * b, a and b themselves projected
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ _MOVES = _VIEWS | frozenset(
     "cat stack index_copy_ index_copy copy_ index_put_ index_put slice_scatter".split()
 )
 _NORMS = frozenset("mul div rsqrt sqrt pow square mean layer_norm native_layer_norm rms_norm".split())
+_LINEARS = frozenset("linear matmul mm addmm".split())
 _BUFFERS = frozenset("new_empty new_zeros empty zeros empty_like zeros_like".split())
 
 
@@ -340,12 +341,26 @@ def _only_rotated(join: Node) -> bool:
 
 
 def _is_gated_linear(node: Node) -> bool:
-    if _name(node) not in ("linear", "matmul", "mm", "addmm"):
+    if _name(node) not in _LINEARS:
         return False
     x = node.args[1 if _name(node) == "addmm" else 0]
     while _name(x) in _VIEWS and x.all_input_nodes:
         x = x.all_input_nodes[0]
-    return _name(x) == "mul" and any(_is_silu(a) for a in x.args if isinstance(a, Node))
+    if _name(x) != "mul" or not all(isinstance(a, Node) for a in x.args):
+        return False
+    # what a state space or an attention made, and a gate beside it, is no MLP
+    return any(map(_is_silu, x.args)) and all(map(_is_projected, x.args))
+
+
+def _is_projected(node: Node) -> bool:
+    """True for what views, clamps and an activation make of a linear layer."""
+    pointwise = _VIEWS | {"silu", "sigmoid", "mul", "clamp", "clamp_max"}
+    return any(_is_linear(n) for n in _upstream(node, lambda n: _name(n) in pointwise))
+
+
+def _is_linear(node: Node) -> bool:
+    """True for a product with a matrix, and not with as many as a batch has."""
+    return _name(node) in _LINEARS and node.all_input_nodes[-1].meta["val"].ndim <= 2
 
 
 def _is_silu(node: Node) -> bool:

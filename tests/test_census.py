@@ -129,6 +129,7 @@ def test_rotations(fn):
         lambda g, u: F.silu(g) * u,
         lambda g, u: u * (g * torch.sigmoid(g)),
         lambda g, u: F.silu(g.float()).to(g.dtype) * u,
+        lambda g, u: F.silu(g.clamp(max=2.0)) * u.clamp(-2.0, 2.0),
     ],
 )
 def test_gated_mlps(hidden):
@@ -138,6 +139,18 @@ def test_gated_mlps(hidden):
     weights = torch.randn(48, 32), torch.randn(48, 32), torch.randn(32, 48)
     assert totals(fn, X, *weights) == {"mlp": 1}
     assert totals(lambda x, w: F.linear(F.gelu(x), w), X, weights[0]) == {}
+
+
+@pytest.mark.parametrize(
+    "state", [lambda x: x.cumsum(0), lambda x: (x[None] @ x.mT[None])[0] @ x], ids=["scan", "attention"]
+)
+def test_gated_states_are_no_mlps(state):
+    """The gate of a state space or of an attention stands beside what no linear layer made."""
+
+    def fn(x, w_gate, w_out):
+        return F.linear(F.silu(F.linear(x, w_gate)) * state(x), w_out)
+
+    assert totals(fn, X, torch.randn(32, 32), torch.randn(32, 32)) == {}
 
 
 class MLA(nn.Module):
