@@ -8,7 +8,7 @@ choices (`dsopt.probe`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from torch.fx import GraphModule, Node
 from dsopt.capture import known
 from dsopt.effects import between
 from dsopt.expertmap import Product, core, is_last_axis, product
+from dsopt.expertproof import Activation, Experts, NoMatch, settle
 from dsopt.ops.experts import moe_experts
-from dsopt.probe import Probe, Unknowable, size
+from dsopt.probe import Probe
 from dsopt.rewrite import (
     END,
     Emitter,
@@ -36,46 +37,12 @@ from dsopt.rewrite import (
 _ADDS = (aten.add.Tensor, aten.add_.Tensor)
 _MULS = (aten.mul.Tensor, aten.mul_.Tensor)
 _FILLS = (aten.masked_fill.Scalar, aten.masked_fill_.Scalar)
+_ZEROS = (aten.zeros_like.default, aten.new_zeros.default, aten.zeros.default)
+_BUFFERS = (*_ZEROS, aten.empty_like.default, aten.new_empty.default)
 _GELU = {"none": "gelu", "tanh": "gelu_tanh"}
 # of gpt-oss, the only one in use
 _ALPHA = 1.702
-TRIALS = 3
 FAMILY = "moe"
-
-
-class NoMatch(Exception):
-    """Why some expert products are not the op."""
-
-
-@dataclass
-class Activation:
-    """What stands between the products: act(gate) * up of one or two products, or act(h)."""
-
-    name: str
-    gate: Product
-    up: Product | None
-    gated: bool = True
-    interleaved: bool = False
-    limit: float | None = None
-
-
-@dataclass
-class Experts:
-    """The operands of one site, and what must hold of its index arithmetic.
-
-    steps: what happens to the rows after the second product, in order: (kind, node of integers or weights).
-    """
-
-    down: Product
-    root: Node | None = None
-    activation: Activation | None = None
-    x: Node | None = None
-    tokens: Node | None = None
-    ids: Node | None = None
-    weights: Node | None = None
-    steps: list[tuple[str, Node | None]] = field(default_factory=list)
-    biases: dict[Node, tuple[Node, Node]] = field(default_factory=dict)
-    masks: list[Node] = field(default_factory=list)
 
 
 def run(gm: GraphModule, log: Log) -> None:
@@ -88,11 +55,11 @@ def run(gm: GraphModule, log: Log) -> None:
             continue
         try:
             found = _read(down, products)
-            _settle(probe, found, settled)
+            settle(probe, found, settled)
         except NoMatch as reason:
             log.miss(down.out, str(reason))
             continue
-        if reason := log.moved(between(found.root, _leaves(found)), found.root):
+        if reason := log.moved(between(found.root, found.leaves()), found.root):
             log.miss(down.out, reason)
             continue
         log.hit("moe", found.root)
@@ -126,6 +93,13 @@ _POINTWISE = {
     aten.pow.Tensor_Scalar,
     aten.slice.Tensor,
     aten.tanh.default,
+    aten.div.Tensor,
+    aten.sub.Tensor,
+    aten.rsqrt.default,
+    aten.mean.dim,
+    aten.linalg_vector_norm.default,
+    aten.clamp_min.default,
+    aten.expand.default,
     *(getattr(aten, name).default for name in ("silu_", "relu_", "leaky_relu", "softplus", "erf", "exp")),
 }
 
@@ -139,7 +113,7 @@ def _read(down: Product, products: dict[Node, Product]) -> Experts:
         raise NoMatch("gate and up read different rows")
     _rows(found, first.a)
     _follow(found)
-    found.ids = _origin(first.index, lambda n: not val(n).dtype.is_floating_point)
+    found.ids = _origin(found, first.index, lambda n: not val(n).dtype.is_floating_point)
     if found.ids is None:
         raise NoMatch("the experts' ids are not (num_tokens, topk)")
     return found
@@ -311,7 +285,7 @@ def _follow(found: Experts) -> None:
     weighed = False
     while True:
         node = _through_ones(node)
-        users = list(node.users)
+        users = _readers(node)
         if len(users) != 1:
             raise NoMatch(f"{node.name} is read {len(users)} times on the way to the sum over choices")
         (user,) = users
@@ -335,7 +309,9 @@ def _follow(found: Experts) -> None:
         elif is_op(user, aten.index_add.default, aten.index_add_.default) and _adds_rows(user, node):
             found.steps.append(("add_to", user.args[2]))
             break
-        elif is_op(user, aten.reshape.default) and str(shape(user)[-1]) == str(shape(node)[-1]):
+        elif is_op(user, aten.reshape.default, aten.unflatten.int) and str(shape(user)[-1]) == str(
+            shape(node)[-1]
+        ):
             found.steps.append(("rows", None))
         elif is_op(user, aten.sum.dim_IntList) and val(node).ndim == 3 and list(argument(user, "dim")) == [1]:
             found.steps.append(("sum", None))
@@ -351,7 +327,7 @@ def _follow(found: Experts) -> None:
     if is_op(user, aten.sum.dim_IntList) and argument(user, "keepdim"):
         raise NoMatch("the sum over choices keeps its axis")
     (row_weights,) = (n for kind, n in found.steps if kind == "weigh")
-    found.weights = _origin(row_weights, lambda n: val(n).dtype.is_floating_point)
+    found.weights = _origin(found, row_weights, lambda n: val(n).dtype.is_floating_point)
     if found.weights is None:
         raise NoMatch("the weights are not (num_tokens, topk)")
     dtype = val(found.x).dtype
@@ -372,140 +348,40 @@ def _through_ones(node: Node) -> Node:
     return node
 
 
+def _readers(node: Node) -> list[Node]:
+    """What reads a node, without buffers made in its shape for another of its readers to fill."""
+    return [
+        user
+        for user in node.users
+        if not (is_op(user, *_BUFFERS) and all(reader in node.users for reader in user.users))
+    ]
+
+
 def _puts_rows(put: Node, rows: Node) -> bool:
     return len(put.args[1]) == 1 and put.args[2] is rows and not argument(put, "accumulate")
 
 
 def _adds_rows(add: Node, rows: Node) -> bool:
     base = add.args[0]
-    zeros = is_op(base, aten.zeros_like.default, aten.new_zeros.default, aten.zeros.default)
+    zeros = is_op(base, *_ZEROS)
     return argument(add, "dim") == 0 and add.args[3] is rows and argument(add, "alpha") == 1 and zeros
 
 
-def _origin(node: Node, wanted) -> Node | None:
+def _origin(found: Experts, node: Node, wanted: Callable[[Node], bool]) -> Node | None:
     """The nearest (num_tokens, topk) tensor of the wanted kind above a node."""
+    p = found.activation.gate
+    tokens, pairs = shape(found.x)[0], shape(p.a)[0] if p.experts is None else val(p.experts).numel()
     seen, queue = set(), [node]
     while queue:
         n = queue.pop(0)
-        if n in seen or not is_tensor(n):
-            queue += [] if n in seen or n.op != "call_function" else n.all_input_nodes
-            seen.add(n)
+        if n in seen:
             continue
         seen.add(n)
-        if (val(n).ndim == 2 and wanted(n) and str(shape(n)[1]) != "1") or (
-            val(n).ndim == 2 and _is_choice(n)
-        ):
+        shaped = is_tensor(n) and val(n).ndim == 2 and known(shape(n)[0] == tokens)
+        if shaped and wanted(n) and known(val(n).numel() == pairs):
             return n
         if n.op == "call_function":
             queue += n.all_input_nodes
-    return None
-
-
-def _is_choice(node: Node) -> bool:
-    """True for a result of a router, which may have one choice only."""
-    source = node.args[0] if node.args else None
-    return isinstance(source, Node) and not is_tensor(source)
-
-
-def _leaves(found: Experts) -> list[Node]:
-    act = found.activation
-    products = [found.down, act.gate, *([act.up] if act.up is not None else [])]
-    biases = [b for b, _ in found.biases.values()]
-    return [found.x, found.ids, found.weights, *(p.w for p in products), *biases]
-
-
-def _settle(probe: Probe, found: Experts, settled: dict[str, str | None]) -> None:
-    """Raises NoMatch unless the index arithmetic is right on random choices."""
-    act = found.activation
-    products = [act.gate, *([act.up] if act.up is not None else []), found.down]
-    nodes = [p.index for p in products]
-    nodes += [index for _, index in found.biases.values()]
-    nodes += found.masks + [n for _, n in found.steps if n is not None]
-    nodes += [found.tokens] if found.tokens is not None else []
-    nodes, leaves = list(dict.fromkeys(nodes)), [found.ids, found.weights]
-    num_experts = shape(act.gate.w)[0]
-    try:
-        key = f"{num_experts} {probe.fingerprint(nodes, leaves, found.root)}"
-        if key not in settled:
-            settled[key] = _try(probe, found, nodes, num_experts)
-    except Unknowable as error:
-        raise NoMatch(str(error)) from error
-    if settled[key] is not None:
-        raise NoMatch(settled[key])
-
-
-def _try(probe: Probe, found: Experts, nodes: list[Node], num_experts: int) -> str | None:
-    """What is wrong with the index arithmetic, or None."""
-    generator = torch.Generator().manual_seed(0)
-    tokens, topk = map(size, shape(found.ids))
-    if list(map(size, shape(found.weights))) != [tokens, topk] or size(shape(found.x)[0]) != tokens:
-        return "ids, weights and x disagree in the number of tokens or choices"
-    if topk > num_experts:
-        return "more experts are chosen than there are"
-    for _ in range(TRIALS):
-        draws = torch.rand(tokens, num_experts, generator=generator, device="cpu")
-        ids = draws.argsort(-1)[:, :topk].to(val(found.ids).dtype)
-        weights = (torch.rand(tokens, topk, generator=generator, device="cpu") + 0.5).to(
-            val(found.weights).dtype
-        )
-        values = dict(
-            zip(nodes, probe.run(nodes, {found.ids: ids, found.weights: weights}, found.root), strict=True)
-        )
-        if (reason := _wrong(found, ids, weights, values)) is not None:
-            return reason
-    return None
-
-
-def _wrong(
-    found: Experts, ids: torch.Tensor, weights: torch.Tensor, values: dict[Node, torch.Tensor]
-) -> str | None:
-    tokens, topk = ids.shape
-    act, pairs = found.activation, ids.numel()
-
-    def experts(p: Product) -> torch.Tensor:
-        if p.ends is None:
-            return values[p.experts].reshape(-1)
-        return torch.searchsorted(values[p.ends].long(), torch.arange(pairs, device="cpu"), right=True)
-
-    expert = experts(act.gate)
-    token = torch.arange(tokens, device="cpu").repeat_interleave(topk)
-    token = token if found.tokens is None else values[found.tokens].reshape(-1)
-    if expert.numel() != pairs or token.numel() != pairs:
-        return "the rows of the products are not one for each token and choice"
-    for p in (act.up, found.down):
-        if p is not None and not torch.equal(experts(p), expert):
-            return "the products of a row are with matrices of different experts"
-    hit = ids[token] == expert.unsqueeze(-1)
-    if not bool((hit.sum(-1) == 1).all()):
-        return "rows meet matrices of experts that their tokens did not choose"
-    pair = token * topk + hit.long().argmax(-1)
-    if not torch.equal(pair.sort().values, torch.arange(pairs, device="cpu")):
-        return "the rows of the products are not one for each token and choice"
-    flat = ids.reshape(-1)
-    first = [act.gate.out, *([act.up.out] if act.up is not None else [])]
-    for out, (_, index) in found.biases.items():
-        if out in first and not torch.equal(values[index].reshape(-1), expert):
-            return "a bias is another expert's"
-    if any(bool(values[mask].any()) for mask in found.masks):
-        return "rows of chosen experts are masked"
-    for kind, node in found.steps:
-        value = None if node is None else values[node].reshape(-1)
-        if kind == "experts" and not torch.equal(value, flat[pair]):
-            return "a bias is another expert's"
-        if kind == "mask" and bool(value.any()):
-            return "rows of chosen experts are masked"
-        if kind == "weigh" and not torch.equal(value, weights.reshape(-1)[pair].to(value.dtype)):
-            return "rows are multiplied with weights that are not their choice's"
-        if kind == "pick":
-            pair = pair[value]
-        if kind == "place":
-            placed = torch.full_like(pair, -1)
-            placed[value] = pair
-            pair = placed
-        if kind == "sum" and not torch.equal(pair, torch.arange(pairs, device="cpu")):
-            return "the sum over choices does not add a token's own"
-        if kind == "add_to" and not torch.equal(value, pair // topk):
-            return "rows are added to other tokens than their own"
     return None
 
 
