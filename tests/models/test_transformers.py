@@ -49,11 +49,21 @@ SITUATIONS = {
 }
 
 
-def check(family: str, dtype: torch.dtype, cache: str, situations, attention: str = "sdpa", **overrides):
+def check(
+    family: str,
+    dtype: torch.dtype,
+    cache: str,
+    situations,
+    attention: str = "sdpa",
+    experts: str = "grouped_mm",
+    **overrides,
+):
     """Runs the situations and compares each call's logits; returns the last cache used and the report."""
     model = build(family, dtype, attention, **{**all_experts(FAMILIES[family][0]), **overrides})
+    if FAMILIES[family][1]["moe"]:
+        model.set_experts_implementation(experts)
     truth = copy.deepcopy(model).double()
-    if FAMILIES[family][1]["mla"]:
+    if FAMILIES[family][1]["moe"]:
         truth.set_experts_implementation("eager")  # grouped GEMMs have no float64
     fast = dsopt.compile(model, strict=True)
     with torch.inference_mode(), warnings.catch_warnings():
@@ -108,6 +118,8 @@ def slow(*values):
         ("v3", torch.float32, "static", "padded"),
         ("v3-half-biased", torch.bfloat16, "dynamic", "plain"),
         ("v32", torch.float32, "static", "plain"),
+        ("mixtral", torch.bfloat16, "static", "padded"),
+        ("qwen3_moe", torch.float32, "dynamic", "plain"),
         ("llama", torch.bfloat16, "static", "padded"),
         ("qwen2", torch.float32, "dynamic", "padded"),
         *(
@@ -126,7 +138,7 @@ def test_matches_eager(family, dtype, cache, situation):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_cache(family):
-    dtype = torch.bfloat16 if FAMILIES[family][1]["mla"] else torch.float32
+    dtype = torch.bfloat16 if FAMILIES[family][1]["moe"] else torch.float32
     _, report = check(family, dtype, "none", ["padded"])
     assert_all_matched(report, family)
 
@@ -139,6 +151,29 @@ def test_eager_attention_is_canonicalized(family):
     for graph in report.graphs:
         (rewrites,) = (p.rewrites for p in graph.passes if p.name == "canonicalize_attention")
         assert rewrites == 2
+
+
+@pytest.mark.parametrize(
+    "family, dtype, experts",
+    [
+        ("v2-q_lora", torch.bfloat16, "batched_mm"),
+        ("v3", torch.float32, "batched_mm"),
+        ("v3", torch.float32, "eager"),
+        ("mixtral", torch.bfloat16, "eager"),
+        ("qwen3_moe", torch.float32, "batched_mm"),
+        *(
+            slow(family, dtype, experts)
+            for family in FAMILIES
+            if FAMILIES[family][1]["moe"]
+            for dtype in (torch.float32, torch.bfloat16)
+            for experts in ("grouped_mm", "batched_mm", "eager")
+        ),
+    ],
+)
+def test_experts_implementations(family, dtype, experts):
+    _, report = check(family, dtype, "none", ["plain"], experts=experts)
+    assert_all_matched(report, family)
+    assert len(report.graphs) == 1
 
 
 def test_free_routing_chooses_the_same_experts():

@@ -45,11 +45,11 @@ def _heads(n: int, hidden: int) -> dict:
     return {"num_attention_heads": n, "num_key_value_heads": n, "hidden_size": hidden}
 
 
-# name -> config arguments, and how many of (mla, norm, rope, mlp) sites two layers hold
+# name -> config arguments, and how many sites of each family two layers hold
 FAMILIES: dict[str, tuple[dict, dict[str, int]]] = {
     "v2": (
         {"model_type": "deepseek_v2", **MLA, **_heads(5, 80), "q_lora_rank": None, "rope_parameters": YARN},
-        {"mla": 2, "norm": 7, "rope": 4, "mlp": 2},
+        {"mla": 2, "moe": 1, "router": 1, "norm": 7, "rope": 4, "mlp": 2},
     ),
     "v2-q_lora": (
         {
@@ -59,11 +59,11 @@ FAMILIES: dict[str, tuple[dict, dict[str, int]]] = {
             "q_lora_rank": 48,
             "topk_method": "group_limited_greedy",
         },
-        {"mla": 2, "norm": 9, "rope": 4, "mlp": 2},
+        {"mla": 2, "moe": 1, "router": 1, "norm": 9, "rope": 4, "mlp": 2},
     ),
     "v3": (
         {"model_type": "deepseek_v3", **MLA, **_heads(5, 64), "q_lora_rank": 48, "rope_parameters": YARN},
-        {"mla": 2, "norm": 9, "rope": 4, "mlp": 2},
+        {"mla": 2, "moe": 1, "router": 1, "norm": 9, "rope": 4, "mlp": 2},
     ),
     "v3-half-biased": (
         {
@@ -74,7 +74,7 @@ FAMILIES: dict[str, tuple[dict, dict[str, int]]] = {
             "rope_interleave": False,
             "attention_bias": True,
         },
-        {"mla": 2, "norm": 9, "rope": 4, "mlp": 2},
+        {"mla": 2, "moe": 1, "router": 1, "norm": 9, "rope": 4, "mlp": 2},
     ),
     "v32": (
         {
@@ -86,7 +86,34 @@ FAMILIES: dict[str, tuple[dict, dict[str, int]]] = {
             "index_n_heads": 2,
             "index_head_dim": 32,
         },
-        {"mla": 2, "norm": 9, "rope": 8, "mlp": 2},
+        {"mla": 2, "moe": 1, "router": 1, "norm": 9, "rope": 8, "mlp": 2},
+    ),
+    "mixtral": (
+        {
+            "model_type": "mixtral",
+            **SHARED,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "hidden_size": 64,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+        },
+        {"mla": 0, "moe": 2, "router": 2, "norm": 5, "rope": 4, "mlp": 0},
+    ),
+    "qwen3_moe": (
+        {
+            "model_type": "qwen3_moe",
+            **SHARED,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "hidden_size": 64,
+            "moe_intermediate_size": 32,
+            "num_experts": 7,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+        },
+        {"mla": 0, "moe": 2, "router": 2, "norm": 9, "rope": 4, "mlp": 0},
     ),
     "llama": (
         {
@@ -96,7 +123,7 @@ FAMILIES: dict[str, tuple[dict, dict[str, int]]] = {
             "num_key_value_heads": 3,
             "hidden_size": 96,
         },
-        {"mla": 0, "norm": 5, "rope": 4, "mlp": 2},
+        {"mla": 0, "moe": 0, "router": 0, "norm": 5, "rope": 4, "mlp": 2},
     ),
     "qwen2": (
         {
@@ -106,7 +133,7 @@ FAMILIES: dict[str, tuple[dict, dict[str, int]]] = {
             "num_key_value_heads": 5,
             "hidden_size": 80,
         },
-        {"mla": 0, "norm": 5, "rope": 4, "mlp": 2},
+        {"mla": 0, "moe": 0, "router": 0, "norm": 5, "rope": 4, "mlp": 2},
     ),
 }
 
@@ -133,6 +160,7 @@ def build(family: str, dtype: torch.dtype = torch.float32, attention: str = "sdp
 
 def all_experts(config: dict) -> dict:
     """Overrides under which every expert is chosen, so that no rounding can choose otherwise."""
-    if "n_routed_experts" not in config:
-        return {}
-    return {"n_routed_experts": 4, "num_experts_per_tok": 4, "n_group": 2, "topk_group": 2}
+    if "n_routed_experts" in config:
+        return {"n_routed_experts": 4, "num_experts_per_tok": 4, "n_group": 2, "topk_group": 2}
+    count = next((name for name in ("num_local_experts", "num_experts") if name in config), None)
+    return {} if count is None else {count: 4, "num_experts_per_tok": 4}
