@@ -33,16 +33,20 @@ class Options:
     passes: names of the passes to run, in order, instead of the whole pipeline.
     fallback: what compiles a graph that dsopt leaves alone: "inductor" (default) or "eager".
     strict: raise when dsopt fails on a graph, instead of falling back or leaving out the pass that failed.
+    prepare: let `dsopt.compile` batch Python loops over experts, see there. torch.compile alone cannot: it has
+        traced the loop by the time a backend is called.
     """
 
     kernels: Mapping[str, str] = field(default_factory=dict)
     passes: Sequence[str] | None = None
     fallback: str = "inductor"
     strict: bool = False
+    prepare: bool = True
 
     def __post_init__(self):
         _typed("kernels", self.kernels, Mapping, "a mapping of op names to backends")
-        _typed("strict", self.strict, bool, "True or False")
+        for name in ("strict", "prepare"):
+            _typed(name, getattr(self, name), bool, "True or False")
         if self.passes is not None:
             wanted = "a sequence of pass names or None"
             _typed("passes", self.passes, Sequence, wanted)

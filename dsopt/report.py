@@ -10,7 +10,7 @@ import io
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from rich.console import Console, Group
@@ -34,6 +34,15 @@ class KernelUse:
     sites: int = 0
     calls: int = 0
     refreshers: list[Callable[[], object]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `dsopt.compile` found before tracing: where, what, and why it was left as it is, or None if it was not."""
+
+    site: str
+    what: str
+    refused: str | None = None
 
 
 @dataclass(eq=False)
@@ -82,8 +91,14 @@ class GraphReport:
 class Report:
     """The graphs of a model, or of all models. `print(report)` shows tables; `to_dict()` is for programs."""
 
-    def __init__(self, graphs: Iterable[GraphReport], recompile_limit: int | None = None):
+    def __init__(
+        self,
+        graphs: Iterable[GraphReport],
+        recompile_limit: int | None = None,
+        prepared: Iterable[Prepared] = (),
+    ):
         self.graphs = sorted(graphs, key=lambda g: g.name)
+        self.prepared = list(prepared)
         self._limit = recompile_limit
 
     @property
@@ -107,9 +122,10 @@ class Report:
         return reasons
 
     def to_dict(self) -> dict:
-        """{"graphs": [...], "matched": {family: [matched, total]}, "fallbacks": [reason]}."""
+        """{"graphs": [...], "prepared": [...], "matched": {family: [matched, total]}, "fallbacks": [reason]}."""
         return {
             "graphs": [g.to_dict() for g in self.graphs],
+            "prepared": [asdict(p) for p in self.prepared],
             "matched": self.matched,
             "fallbacks": self.fallbacks,
         }
@@ -119,8 +135,18 @@ class Report:
         return Explanation(self.graphs)
 
     def __rich__(self) -> Group:
+        parts: list[Table | str] = []
+        if self.prepared:
+            parts.append(
+                Table("site", "found", "result", title="Prepared before tracing", title_justify="left")
+            )
+            for p in self.prepared:
+                parts[0].add_row(
+                    p.site, p.what, "batched" if p.refused is None else f"left alone: {p.refused}"
+                )
         if not self.graphs:
-            return Group("No graph was compiled by dsopt. A model compiles on its first call, not before.")
+            none = "No graph was compiled by dsopt. A model compiles on its first call, not before."
+            return Group(*parts, none)
         sites = Table(title="Sites matched", title_justify="left")
         for column in ("graph", "nodes", "compile", *FAMILIES):
             sites.add_column(column)
@@ -134,7 +160,7 @@ class Report:
             for k in g.kernels:
                 refused = "\n".join(f"{r.kernel}: {r.reason}" for r in k.refused)
                 kernels.add_row(g.name, k.op, k.kernel, str(k.sites), str(k.calls), refused)
-        parts = [sites, kernels]
+        parts += [sites, kernels]
         misses = [(g.name, p.name, m) for g in self.graphs for p in g.passes for m in p.misses]
         if misses:
             missed = Table(title="Near misses", title_justify="left")
@@ -194,4 +220,5 @@ def report(model: torch.nn.Module | None = None) -> Report:
     break, say) is listed by `report()` alone. Graphs that were dropped (`torch.compiler.reset()`) are gone.
     """
     forwards = None if model is None else [m.forward for m in model.modules()]
-    return Report(GRAPHS.find(model), over_recompile_limit(forwards))
+    prepared = getattr(model, "dsopt_prepared", ())
+    return Report(GRAPHS.find(model), over_recompile_limit(forwards), prepared)

@@ -143,7 +143,7 @@ def test_the_dict_has_the_documented_keys():
     model = dsopt.compile(Model(), kernels={"rms_norm": "torch"}, **OPTIONS)
     model(X)
     result = dsopt.report(model).to_dict()
-    assert list(result) == ["graphs", "matched", "fallbacks"]
+    assert list(result) == ["graphs", "prepared", "matched", "fallbacks"]
     (graph,) = result["graphs"]
     assert list(graph) == ["name", "nodes_before", "nodes_after", "passes", "kernels", "compile_s"]
     assert graph["nodes_before"] >= graph["nodes_after"] > 0 and graph["compile_s"] > 0
