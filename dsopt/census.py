@@ -5,8 +5,8 @@ reads the graph as captured, before any pass, and no matcher decides by it: `is_
 tell absorb_mla and fuse_rms_norm whether what they leave alone is worth a line in the report.
 
     mla      attention whose keys are expanded from a low-rank latent
-    moe      expert layers: grouped GEMMs, or batched ones with gathered weights
-    router   top-k choices over softmax or sigmoid scores of a linear layer
+    moe      expert layers: grouped GEMMs, batched ones with gathered weights, or one op already
+    router   top-k choices of a linear layer's outputs, with softmax, sigmoid or softplus scores above or below
     norm     reciprocal roots of a mean of squares
     rope     rotations by a table of cosines and sines
     mlp      linear layers over silu(a) * b, a and b themselves projected
@@ -38,7 +38,7 @@ def census_sites(gm: GraphModule) -> dict[str, list[Node]]:
     turned = [r for n in nodes for r in (*_rotations(n), *_half_rotations(n))]
     return {
         "mla": [n for n in nodes if any(map(is_expanded_latent, _attention_keys(n))) or _is_absorbed(n)],
-        "moe": [n for n in nodes if _is_expert_gemm(n) and not any(map(_is_expert_gemm, _gated_sources(n)))],
+        "moe": [n for n in nodes if _is_first_expert_gemm(n) or _name(n) == "moe_experts"],
         "router": list(dict.fromkeys(scores)),
         "norm": [n for n in nodes if is_norm(n)],
         "rope": list(dict.fromkeys(turned)),
@@ -64,6 +64,7 @@ _MOVES = _VIEWS | frozenset(
 )
 _NORMS = frozenset("mul div rsqrt sqrt pow square mean layer_norm native_layer_norm rms_norm".split())
 _LINEARS = frozenset("linear matmul mm addmm".split())
+_SCORES = ("softmax", "_softmax", "sigmoid", "softplus")
 _BUFFERS = frozenset("new_empty new_zeros empty zeros empty_like zeros_like".split())
 
 
@@ -194,28 +195,44 @@ def _is_expert_gemm(node: Node) -> bool:
     if _name(node) in ("_grouped_mm", "grouped_mm", "grouped_mm_fallback"):
         return True
     # a batched GEMM over expert matrices gathered by token
-    return _name(node) == "bmm" and any(
-        _name(up) == "index" and up.args[0].op == "placeholder" and up.meta["val"].ndim == 3
+    return _name(node) in ("bmm", "matmul", "einsum") and any(
+        _name(up) in ("index", "index_select") and _is_stack(up.args[0])
         for up in _upstream(node, lambda n: n is node or _name(n) in _VIEWS)
     )
 
 
+def _is_first_expert_gemm(node: Node) -> bool:
+    return _is_expert_gemm(node) and not any(map(_is_expert_gemm, _gated_sources(node)))
+
+
+def _is_stack(node: Node) -> bool:
+    """True for an input of the graph that holds one matrix per expert."""
+    return node.op == "placeholder" and node.meta["val"].ndim == 3
+
+
 def _gated_sources(node: Node) -> Iterator[Node]:
-    pointwise = _VIEWS | set("silu sigmoid mul gelu relu index clamp add add_".split())
-    return (
-        _upstream(node.args[0], lambda n: _name(n) in pointwise)
-        if _name(node) != "bmm"
-        else (up for a in node.args for up in _upstream(a, lambda n: _name(n) in pointwise))
-    )
+    """What the rows of an expert's GEMM are a function of, row by row."""
+    pointwise = _VIEWS | set("silu sigmoid mul div gelu relu pow index clamp add add_ masked_fill".split())
+    pointwise |= set("masked_fill_ linalg_vector_norm clamp_min mean rsqrt".split())
+    for operand in node.all_input_nodes if _name(node) in ("bmm", "matmul", "einsum") else [node.args[0]]:
+        yield from _upstream(operand, lambda n: _name(n) in pointwise)
 
 
 def _router_scores(topk: Node) -> Iterator[Node]:
-    stops = ("softmax", "_softmax", "sigmoid", "linear", "matmul", "mm")
-    for up in _upstream(topk.args[0], lambda n: _name(n) not in stops):
-        if _name(up) in ("softmax", "_softmax", "sigmoid"):
-            logits = _upstream(up.args[0], lambda n: _name(n) in _VIEWS or _name(n) in ("add", "mul", "div"))
-            if any(_name(n) in ("linear", "matmul", "mm") for n in logits):
-                yield up
+    """The scores above a top-k, or the top-k itself where what it takes is scored below it."""
+    stops = (*_SCORES, "linear", "matmul", "mm")
+    above = list(_upstream(topk.args[0], lambda n: _name(n) not in stops))
+    scores = [n for n in above if _name(n) in _SCORES]
+    for score in scores:
+        logits = _upstream(score.args[0], lambda n: _name(n) in _VIEWS or _name(n) in ("add", "mul", "div"))
+        if any(_name(n) in ("linear", "matmul", "mm") for n in logits):
+            yield score
+    chosen = [reader for result in topk.users for reader in (result, *result.users)]
+    cast = [
+        reader for n in chosen if _name(n) in ("getitem", "gather", "to", "_to_copy") for reader in n.users
+    ]
+    if not scores and any(_name(n) in _SCORES for n in cast) and any(_name(n) == "linear" for n in above):
+        yield topk
 
 
 def is_norm(node: Node) -> bool:
