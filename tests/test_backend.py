@@ -329,7 +329,8 @@ def test_every_backend_disabled(monkeypatch):
         assert relative_l2(compiled(model)(IDS), model(IDS)) < 1e-5
     (graph,) = dsopt.report(model).graphs
     assert {k.backend for k in graph.kernels} == {"reference"}
-    assert all(r.reason == "disabled by DSOPT_DISABLE" for k in graph.kernels for r in k.refused)
+    reasons = {r.reason for k in graph.kernels for r in k.refused}
+    assert all(reason.startswith(("disabled by DSOPT_DISABLE", "import failed")) for reason in reasons)
 
 
 def test_fuel_stops_the_rewrites(monkeypatch):
