@@ -61,8 +61,13 @@ def is_product(node: object) -> bool:
     if not is_op(node, aten.einsum.default) or len(node.args[1]) != 2 or "." in node.args[0]:
         return False
     left, right, out = _terms(node)
+    summed = set(left) & set(right) - set(out)
     plain = all(len(set(term)) == len(term) for term in (left, right, out))
-    return plain and len(set(left) & set(right) - set(out)) == 1 and set(left) ^ set(right) <= set(out)
+    if not plain or len(summed) != 1 or not set(left) ^ set(right) <= set(out):
+        return False
+    (axis,) = summed
+    a, b = node.args[1]
+    return known(shape(a)[left.index(axis)] == shape(b)[right.index(axis)])
 
 
 def _terms(einsum: Node) -> tuple[str, str, str]:
@@ -77,9 +82,15 @@ def factors(product: Labelled) -> tuple[Labelled, Labelled, int]:
     (summed,) = fresh(1)
     if is_op(node, aten.einsum.default):
         left, right, out = _terms(node)
-        labels = dict(zip(out, axes, strict=True))
+        labels, sizes = dict(zip(out, axes, strict=True)), dict(zip(out, shape(node), strict=True))
         a, b = (
-            Labelled(x, tuple(labels.get(letter, summed) for letter in term))
+            Labelled(
+                x,
+                tuple(
+                    labels.get(letter, summed) if known(size == sizes.get(letter, size)) else None
+                    for letter, size in zip(term, shape(x), strict=True)
+                ),
+            )
             for x, term in zip(node.args[1], (left, right), strict=True)
         )
         return a, b, summed
