@@ -86,26 +86,34 @@ def _uncut(x: Node) -> Node:
     return x
 
 
-def _mismatch(q: Node, k: Node, k_rope: Node, head: int, keys: HeadMap, values: HeadMap) -> str | None:
+def _mismatch(q: Node, k: Node, k_rope: Node | None, head: int, keys: HeadMap, values: HeadMap) -> str | None:
     """What the op's operands disagree in, or None."""
     latent = keys.latent
+    rotary = [] if k_rope is None else [k_rope]
     if val(q).ndim != 4:
         return "the queries are not (batch, heads, tokens, dim)"
-    if not all(known(shape(x)[0] == shape(q)[0]) for x in (k, latent, k_rope)):
+    if not all(known(shape(x)[0] == shape(q)[0]) for x in (k, latent, *rotary)):
         return "queries, latent and rotary part are of different batch sizes"
-    if not all(known(tokens == shape(k)[2]) for tokens in (shape(latent)[-2], shape(k_rope)[3 - head])):
+    if not all(known(n == shape(k)[2]) for n in (shape(latent)[-2], *(shape(x)[3 - head] for x in rotary))):
         return "latent and rotary part are of different lengths"
-    if any(val(x).dtype != val(q).dtype for x in (k, latent, k_rope, keys.w, values.w)):
+    if any(val(x).dtype != val(q).dtype for x in (k, latent, *rotary, keys.w, values.w)):
         return "queries, latent, rotary part and weights are not of one dtype"
     return None
 
 
-def _split_keys(k: Node, latent: Node) -> tuple[HeadMap, Node, int, bool] | str:
-    """(map of the part without position, rotary part, its axis of one head for all, whether it comes first)."""
+def _split_keys(k: Node, latent: Node) -> tuple[HeadMap, Node | None, int, bool] | str:
+    """(map of the part without position, rotary part, its axis of one head for all, whether it comes first).
+
+    The rotary part is None where all of the keys comes from the latent.
+    """
     joined, order = (k.args[0], k.args[1]) if is_op(k, aten.permute.default) else (k, [0, 1, 2, 3])
     if not is_op(joined, aten.cat.default) or len(joined.args[0]) != 2 or not _is_inner_cat(joined, order):
         whole = trace(k)
-        return whole if isinstance(whole, str) else "no rotary part is joined to the expanded keys"
+        if isinstance(whole, str):
+            return whole
+        if not known(shape(whole.latent)[-1] < whole.num_heads * whole.head_dim):
+            return "the keys have no rotary part and are no wider than what they are made of"
+        return whole, None, 1, False
     parts = joined.args[0]
     maps = [trace(part, order) for part in parts]
     # of one head the rotary part is a linear map too, of what the latent was projected from
@@ -154,7 +162,7 @@ def _rewrite(
     q: Node,
     keys: HeadMap,
     values: HeadMap,
-    k_rope: Node,
+    k_rope: Node | None,
     head: int,
     rope_first: bool,
     mask: Node | None,
@@ -164,12 +172,13 @@ def _rewrite(
     emit = Emitter(gm, node)
     q_nope, q_rope = _split_queries(emit, q, keys.head_dim, rope_first)
     latent = emit(aten.squeeze.dim, keys.latent, 1) if val(keys.latent).ndim == 4 else keys.latent
+    nothing = emit(aten.slice.Tensor, latent, -1, 0, 0) if k_rope is None else None
     out = emit(
         mla_attention.overload,
         q_nope,
         q_rope,
         latent,
-        _without_axis(emit, k_rope, head),
+        nothing or _without_axis(emit, k_rope, head),
         keys.weight(emit),
         values.weight(emit),
         mask,

@@ -6,7 +6,7 @@ detach, alias, dropout(p=0), full slices, no-op
 view / reshape / expand / contiguous / permute    -> gone
 split, chunk, unbind + getitem; narrow            -> slice, select
 transpose, t, mT, permute of permute              -> permute
-new_empty + copy_ into adjoining slices           -> cat
+new_empty + copy_ into adjoining slices           -> cat, or clone where one copy fills it
 x * x, square(x)                                  -> pow(x, 2)
 x * sigmoid(x)                                    -> silu(x)
 1 / sqrt(x), x ** -0.5, y / sqrt(x)               -> rsqrt
@@ -31,6 +31,7 @@ Rule = Callable[[GraphModule, Node], Node | None]
 
 def run(gm: GraphModule, log: Log) -> None:
     """Applies the rules from the first node to the last; what a rule emits is canonical already."""
+    _drop_empty_copies(gm)
     _in_place_to_pure(gm, log)
     order = Order(gm)
     (output,) = gm.graph.find_nodes(op="output")
@@ -77,6 +78,16 @@ def _serves(node: Node, new: Node, before: Node, order: Order, theirs: set[Node]
         step = step.prev
     leaves = {a for n in emitted for a in n.all_input_nodes} - emitted
     return order.moved(between(node, leaves), node) is None
+
+
+def _drop_empty_copies(gm: GraphModule) -> None:
+    """Copies of nothing write nothing."""
+    for node in gm.graph.find_nodes(op="call_function", target=aten.copy_.default):
+        if known(val(node).numel() == 0) and not node.users:
+            piece = node.args[0]
+            gm.graph.erase_node(node)
+            if is_op(piece, aten.slice.Tensor):
+                _drop(gm, piece)
 
 
 def _in_place_to_pure(gm: GraphModule, log: Log) -> None:
@@ -310,40 +321,53 @@ def _einsum(gm: GraphModule, node: Node) -> Node | None:
 
 
 def _copies_to_cat(gm: GraphModule, buffer: Node, order: Order, log: Log) -> None:
-    """new_empty filled by copy_ into slices that adjoin along one dim -> cat of what was copied."""
+    """new_empty filled by copy_ into slices that adjoin along one dim -> cat of what was copied; clone if it is one."""
     pieces = []
-    for user in buffer.users:
-        if not is_op(user, aten.slice.Tensor) or argument(user, "step") != 1:
+    for user in sorted(buffer.users):
+        whole = is_op(user, aten.copy_.default) and user.args[0] is buffer
+        if not whole and (not is_op(user, aten.slice.Tensor) or argument(user, "step") != 1):
             break
-        writers = list(user.users)
+        writers = [user] if whole else list(user.users)
         if len(writers) != 1 or not is_op(writers[0], aten.copy_.default) or writers[0].users:
             break
-        pieces.append((user, writers[0]))
-    if len(pieces) < 2 or any(val(p).dtype != val(w.args[1]).dtype for p, w in pieces):
+        pieces.append((buffer if whole else user, writers[0]))
+    sources = [w.args[1] for _, w in pieces]
+    for (piece, _), source in zip(pieces, sources):
+        if val(piece).dtype != val(source).dtype or not same_shape(shape(piece), shape(source)):
+            return
+    dim = _adjoining(buffer, [p for p, _ in pieces])
+    is_one = [p for p, _ in pieces] == [buffer]
+    if dim is None and not is_one:
         return
-    dims = {argument(p, "dim") % val(buffer).ndim for p, _ in pieces}
-    readers = [u for u in buffer.users if u not in {p for p, _ in pieces}]
     last = pieces[-1][1]
-    if len(dims) != 1 or any(reader < last for reader in readers):
+    written = {buffer, *(n for pair in pieces for n in pair)}
+    if any(user < last for user in buffer.users if user not in written):
         return
-    (dim,) = dims
-    if not isinstance(shape(buffer)[dim], int):
-        return
-    end = 0
-    for piece, writer in pieces:
-        if argument(piece, "start") not in (end, None if end == 0 else end):
-            return
-        if not same_shape(shape(piece), shape(writer.args[1])):
-            return
-        end += shape(piece)[dim]
-    if end != shape(buffer)[dim] or order.moved([w for _, w in pieces], last):
+    if order.moved([w for _, w in pieces], last):
         return
     log.hit()
-    cat = Emitter(gm, last)(aten.cat.default, [w.args[1] for _, w in pieces], dim, like=val(buffer))
+    emit = Emitter(gm, last)
+    target, args = (aten.clone.default, sources) if is_one else (aten.cat.default, (sources, dim))
+    new = emit(target, *args, like=val(buffer))
     for piece, writer in pieces:
         gm.graph.erase_node(writer)
-        gm.graph.erase_node(piece)
-    replace(buffer, cat)
+        if piece is not buffer:
+            gm.graph.erase_node(piece)
+    replace(buffer, new)
+
+
+def _adjoining(buffer: Node, pieces: list[Node]) -> int | None:
+    """The dim along which slices of a buffer make up the whole of it, in their order; None if they do not."""
+    dims = {argument(p, "dim") % val(buffer).ndim for p in pieces if p is not buffer}
+    if len(dims) != 1 or buffer in pieces:
+        return None
+    (dim,) = dims
+    end = 0
+    for piece in pieces:
+        if (argument(piece, "start") or 0) != end or not isinstance(shape(piece)[dim], int):
+            return None
+        end += shape(piece)[dim]
+    return dim if end == shape(buffer)[dim] else None
 
 
 def _drop(gm: GraphModule, node: Node) -> None:

@@ -65,6 +65,8 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple]:
     yield (*case(1, 4, 1, 40), None, scale)
     yield (*case(3, 5, 1, 1), None, scale)
     yield (*case(2, 6, 7, 7), None, scale, True)
+    # positions that nothing rotates
+    yield (*case(2, 3, 2, 9, rope=0), None, scale)
     # a static buffer that holds few tokens, more than one key split long
     valid = torch.arange(1100, device=device)[None, None, None, :] < 70
     yield (*case(2, 16, 1, 1100), valid, scale)

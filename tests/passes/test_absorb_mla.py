@@ -248,6 +248,36 @@ def test_dynamic_shapes():
     assert len(result.graphs) == 1
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_keys_without_a_rotary_part(cached):
+    model = MLA(heads=4)
+
+    def attend(x, cache=None):
+        q = model.q(x).view(*x.shape[:2], 4, -1).transpose(1, 2)[..., :NOPE]
+        c = model.kv_a(x)[..., :RANK]
+        c = c if cache is None else torch.cat((cache, c), 1)
+        return model.sdpa(q, *model.merged(c), None)
+
+    args = [torch.randn(2, 3, HIDDEN), *([torch.randn(2, CACHED, RANK)] if cached else [])]
+    result = rewritten(attend, *args, passes=PASSES)
+    assert result.log("absorb_mla").families == {"mla": 1}
+    assert relative_l2(result.run(*args), attend(*args)) < 1e-5
+
+
+def test_keys_of_plain_attention_stay():
+    """Keys no wider than what they are projected from: nothing is gained by not making them."""
+    w_k, w_v = torch.randn(HIDDEN, HIDDEN), torch.randn(HIDDEN, HIDDEN)
+
+    def attend(x):
+        q, k, v = (t.view(2, 3, 4, HIDDEN // 4).transpose(1, 2) for t in (x * 2, x @ w_k.T, x @ w_v.T))
+        return F.scaled_dot_product_attention(q, k, v)
+
+    x = torch.randn(2, 3, HIDDEN)
+    result = rewritten(attend, x, passes=PASSES)
+    assert result.log("absorb_mla").rewrites == 0
+    assert relative_l2(result.run(x), attend(x)) < 1e-5
+
+
 @pytest.mark.parametrize("rope_first", [False, True])
 @pytest.mark.parametrize("batch_heads", [(2, 3), (1, 1), (3, 3)], ids=str)
 def test_keys_joined_before_heads_and_tokens_change_places(rope_first, batch_heads):

@@ -333,14 +333,51 @@ def test_copies_into_a_fresh_buffer_are_cat():
     check(joined, X, Y, ops=["aten.slice", "aten.cat", "aten.mul"])
 
 
-@pytest.mark.parametrize("case", ["gap", "overlap", "read early", "broadcast"])
+def test_copies_of_nothing_are_no_part():
+    def joined(x, y, nothing):
+        out = x.new_empty(2, 3, 12)
+        out[..., :8] = x
+        out[..., 8:8] = nothing
+        out[..., 8:] = y[..., :4]
+        return out * 2
+
+    check(joined, X, Y, X[..., :0], ops=["aten.slice", "aten.cat", "aten.mul"])
+
+
+def test_one_copy_that_fills_a_fresh_buffer_is_a_clone():
+    def filled(x, nothing):
+        out = x.new_empty(2, 3, 8)
+        out[..., :8].copy_(x)
+        out[..., 8:].copy_(nothing)
+        return out * 2, out
+
+    check(filled, X, X[..., :0], ops=["aten.clone", "aten.mul"])
+
+
+def test_a_copy_before_its_source_is_written_stays():
+    def fn(x):
+        x = x + 1
+        out = x.new_empty(2, 3, 8)
+        out.copy_(x)
+        x.index_fill_(0, torch.tensor([0]), 2.0)
+        return out, x
+
+    result = rewritten(fn, X, passes=("canonicalize",))
+    for got, want in zip(result.run(X), fn(X), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("case", ["gap", "overlap", "read early", "broadcast", "written twice"])
 def test_copies_that_are_no_cat_stay(case):
     def fn(x, y):
         out = x.new_empty(2, 3, 16) if case == "overlap" else x.new_zeros(2, 3, 16)
         out[..., :8] = x
         if case == "read early":
             x = x + out[..., :8]
-        if case == "overlap":
+        if case == "written twice":
+            out.copy_(torch.cat((x, y), -1))
+            out.copy_(torch.cat((y, x), -1))
+        elif case == "overlap":
             out[..., 7:15] = y
             out[..., 15:] = 1
         elif case == "gap":
