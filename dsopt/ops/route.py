@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.nn import functional as F
 
-from dsopt.numerics import rand
+from dsopt.numerics import rand, relative_l2
 from dsopt.op import Op
 
 SCORES = {
@@ -83,7 +83,7 @@ def moe_route_error(args: tuple, got: Sequence[torch.Tensor], want: Sequence[tor
     """Distance of two routings of the same logits: relative L2 of the weights as (num_tokens, num_experts).
 
     Where two experts or groups tie as far as rounding can tell, either may be chosen and the order is free:
-    such tokens are left out. inf where the experts chosen differ otherwise.
+    such tokens are left out. inf where the experts chosen differ otherwise, or one has NaN where the other has none.
     """
     logits, _, scoring, bias, num_groups, topk_groups, group_score, outside = args[:8]
     (weights, ids), (other_weights, other_ids) = got, want
@@ -100,10 +100,11 @@ def moe_route_error(args: tuple, got: Sequence[torch.Tensor], want: Sequence[tor
     if bool((differ & ~tied).any()):
         return float("inf")
     dense = torch.zeros(logits.shape, dtype=torch.float64, device=logits.device)
-    error = dense.scatter(-1, ids, weights.double()) - dense.scatter(-1, other_ids, other_weights.double())
-    total = dense.scatter(-1, other_ids, other_weights.double())[~differ].norm().item()
-    error = error[~differ].norm().item()
-    return error / total if total else error
+    mine = dense.scatter(-1, ids, weights.double())[~differ]
+    other = dense.scatter(-1, other_ids, other_weights.double())[~differ]
+    if not torch.equal(mine.isnan(), other.isnan()):
+        return float("inf")
+    return relative_l2(mine.nan_to_num(nan=0.0), other.nan_to_num(nan=0.0))
 
 
 def _narrow(scores: torch.Tensor, topk: int, resolution: float) -> torch.Tensor:
@@ -138,6 +139,10 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple]:
     yield torch.zeros(3, 10, device=device, dtype=dtype), 4
     yield (r(4, 12) * 2).round(), 5, "sigmoid", None, 3, 2, "top2"
     yield r(4, 12) * 40, 5, "softmax", None, 1, 1, "max", None, True
+    spoilt = r(3, 12)
+    spoilt[1, 4] = float("nan")
+    yield spoilt, 3, "sigmoid"
+    yield spoilt, 3, "softmax", None, 1, 1, "max", None, True
     yield r(4, 12) * 40 - 60, 5, "sigmoid", None, 1, 1, "max", None, True, 1e-20
 
 
