@@ -69,7 +69,7 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
 
     placeholders = gm.graph.find_nodes(op="placeholder")
     fakes = [fake(x, p) for x, p in zip(example_inputs, placeholders, strict=True)]
-    plain = _without_transforms(gm)
+    plain = _without_transforms(_without_idle_autocast(gm))
     with mode, preserve_node_meta():
         return _specialize_floats(_make_fx(plain, pre_dispatch=True)(*fakes))
 
@@ -79,6 +79,28 @@ def _make_fx(gm: GraphModule, pre_dispatch: bool) -> Callable[..., GraphModule]:
         return torch.fx.Interpreter(gm).run(*args)
 
     return make_fx(interpret, pre_dispatch=pre_dispatch, tracing_mode="real", _allow_non_fake_inputs=True)
+
+
+def _without_idle_autocast(gm: GraphModule) -> GraphModule:
+    """Dynamo's graph without the regions that switch autocast off where it is off; itself if it has none.
+
+    transformers before 5 computes its rotary angles in one.
+    """
+    if not any(_is_idle_autocast(n) for n in gm.graph.nodes):
+        return gm
+    gm = GraphModule(gm, copy.deepcopy(gm.graph))
+    for node in [n for n in gm.graph.nodes if _is_idle_autocast(n)]:
+        for leave in list(node.users):
+            gm.graph.erase_node(leave)
+        gm.graph.erase_node(node)
+    return gm
+
+
+def _is_idle_autocast(node: Node) -> bool:
+    if node.op != "call_function" or getattr(node.target, "__name__", "") != "_enter_autocast":
+        return False
+    device, _, enabled, _ = node.args
+    return not enabled and not torch.is_autocast_enabled(device)
 
 
 def _without_transforms(gm: GraphModule) -> GraphModule:
@@ -153,7 +175,7 @@ def unsupported(gm: GraphModule) -> str | None:
     for node in gm.graph.nodes:
         name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
         transforms += _nesting(node)
-        if "enter_autocast" in name:
+        if "enter_autocast" in name and not _is_idle_autocast(node):
             return "an autocast region begins inside the graph: its casts are decided as it runs"
         if "set_grad_enabled" in name and node.args[:1] == (True,) and not transforms:
             return "part of the graph enables gradients: dsopt's kernels compute forward only"

@@ -408,3 +408,19 @@ def test_modes_switched_inside_the_graph_go_to_the_fallback():
             torch.testing.assert_close(got, want)
             assert any(reason in line for line in dsopt.report().fallbacks)
             torch.compiler.reset()
+
+
+def test_autocast_switched_off_where_it_is_off_changes_nothing():
+    model = Tiny()
+
+    def fn(ids):
+        with torch.autocast("cpu", enabled=False):
+            hidden = model.embed(ids).float()
+        return model.head(model.down(F.silu(model.gate(hidden)) * model.up(hidden)))
+
+    with torch.no_grad():
+        assert relative_l2(compiled(fn)(IDS), fn(IDS)) < 1e-5
+        assert "gated_mlp" in ops(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert relative_l2(torch.compile(fn, backend=dsopt_backend, options=EAGER)(IDS), fn(IDS)) == 0
+    assert any("autocast" in line for line in dsopt.report(model).fallbacks)
