@@ -201,16 +201,12 @@ def _joined(query: Labelled, key: Labelled, depth: int) -> tuple[Pair, Pair] | N
     if parts is None:
         return None
     keys, start, pairs = _parts(key, depth), 0, []
-    if (
-        keys is not None
-        and shape(keys[0].node)[keys[0].axes.index(depth)]
-        != (shape(parts[0].node)[parts[0].axes.index(depth)])
-    ):
+    if keys is not None and _width(keys[0], depth) != _width(parts[0], depth):
         return None
     whole = peel(key)
     for i, part in enumerate(parts):
         (new,) = fresh(1)
-        width = shape(part.node)[part.axes.index(depth)]
+        width = _width(part, depth)
         mine = whole if keys is None else keys[i]
         span = (start, start + width) if keys is None else None
         query_part, key_part = (
@@ -221,6 +217,10 @@ def _joined(query: Labelled, key: Labelled, depth: int) -> tuple[Pair, Pair] | N
     return tuple(pairs)
 
 
+def _width(x: Labelled, label: int) -> int:
+    return shape(x.node)[x.axes.index(label)]
+
+
 def _parts(x: Labelled, depth: int) -> list[Labelled] | None:
     """The two tensors that were joined along the axis `depth` to make x, or None."""
     x = peel(x)
@@ -229,9 +229,8 @@ def _parts(x: Labelled, depth: int) -> list[Labelled] | None:
     dim = argument(x.node, "dim") % len(x.axes)
     parts = [Labelled(part, x.axes) for part in x.node.args[0]]
     one_dtype = len({val(part.node).dtype for part in (x, *parts)}) == 1
-    return (
-        parts if x.axes[dim] == depth and one_dtype and isinstance(shape(parts[0].node)[dim], int) else None
-    )
+    static = isinstance(shape(parts[0].node)[dim], int)
+    return parts if x.axes[dim] == depth and one_dtype and static else None
 
 
 def _read(attention: Attention) -> Found | str | None:
@@ -282,17 +281,23 @@ def _absorbed(query: Labelled, c: int, axes: tuple[int, ...]) -> tuple[Labelled,
 
 def _expanded(attention: Attention, latent: Key, queries: tuple[int, int, int]):
     """(result, w_uv, depth of the latent there, label of the values' depth) after the attention, or a reason."""
-    (e,) = [a for a in attention.out.axes if a not in queries] or [None]
+    e = _other(attention.out, queries)
     if e is None or not latent.is_same(attention.values, e):
         return "the values are not the latent that the queries are multiplied with"
     read = onward(attention.out)
     if read is None:
         return "the attended latent is not expanded by one product"
     out, w_uv, _ = read
-    (v,) = [a for a in out.axes if a not in queries] or [None]
+    v = _other(out, queries)
     if v is None or not out.has((*queries, v)) or len(out.axes) != 4 or e in out.axes:
         return "the attended latent is not expanded by one product for each head"
     return out, peel(w_uv), e, v
+
+
+def _other(x: Labelled, known_axes: tuple[int, ...]) -> int | None:
+    """The one label that is not among some; None if there are none or several."""
+    others = [a for a in x.axes if a not in known_axes]
+    return others[0] if len(others) == 1 else None
 
 
 _SHARED = (aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default, aten.to.dtype)

@@ -301,6 +301,20 @@ def test_einsums_that_broadcast(shared):
     assert relative_l2(result.run(*args), fn(*args)) < 1e-5
 
 
+def test_one_row_that_attends_to_several():
+    """The weights of one row meet the latents of two: the product repeats them."""
+    w_uk, w_uv = torch.randn(3, NOPE, RANK), torch.randn(3, VALUE, RANK)
+
+    def fn(q_nope, q_rope, c, k_rope):
+        scores = q_nope @ w_uk @ c[:1].mT + q_rope @ k_rope.mT
+        return scores.softmax(-1) @ c @ w_uv.mT
+
+    args = [
+        torch.randn(sizes) for sizes in ((1, 3, 4, NOPE), (1, 3, 4, ROPE), (2, 1, 5, RANK), (1, 1, 5, ROPE))
+    ]
+    stays(fn, *args, reason="the values are not the latent")
+
+
 def test_results_read_elsewhere():
     def also(name):
         kept = []
