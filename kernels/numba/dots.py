@@ -1,7 +1,8 @@
 """Dot products of weight rows, read where they lie, with float32 vectors; for compiled code.
 
 Eight rows at a time: that many streams keep a core's memory reads going, where one row alone waits half of the
-time. For four vectors, four rows at a time, so that widening a weight serves all four.
+time. For four vectors, four rows at a time, so that widening a weight serves all four. Indices in inner loops are
+unsigned, since a signed one may count from the end, which costs a select each and time to compile.
 """
 
 from __future__ import annotations
@@ -11,50 +12,50 @@ import numpy as np
 from dsopt.kernels.numba.runtime import inner, widen
 
 ROWS = 8
+# beside an unsigned index every number is to be unsigned
+U2, U3, U4 = np.uint64(2), np.uint64(3), np.uint64(4)
 
 
 @inner
 def _dot(w, row, x, at, n):
-    w, x = w[row : row + n], x[at : at + n]
+    row, at = np.uint64(row), np.uint64(at)
     total = np.float32(0)
-    for k in range(n):
-        total += widen(w[k]) * x[k]
+    for k in range(np.uint64(n)):
+        total += widen(w[row + k]) * x[at + k]
     return total
 
 
 @inner
 def _dots_8(w, row, step, x, at, n):
     """Dots of rows row, row + step, ... of w with x[at : at + n]."""
-    w0, w1 = w[row : row + n], w[row + step : row + step + n]
-    w2, w3 = w[row + 2 * step : row + 2 * step + n], w[row + 3 * step : row + 3 * step + n]
-    w4, w5 = w[row + 4 * step : row + 4 * step + n], w[row + 5 * step : row + 5 * step + n]
-    w6, w7 = w[row + 6 * step : row + 6 * step + n], w[row + 7 * step : row + 7 * step + n]
-    x = x[at : at + n]
+    r0, step, at = np.uint64(row), np.uint64(step), np.uint64(at)
+    r1, r2, r3, r4 = r0 + step, r0 + step * U2, r0 + step * U3, r0 + step * U4
+    r5, r6, r7 = r4 + step, r4 + step * U2, r4 + step * U3
     a0 = a1 = a2 = a3 = a4 = a5 = a6 = a7 = np.float32(0)
-    for k in range(n):
-        v = x[k]
-        a0 += widen(w0[k]) * v
-        a1 += widen(w1[k]) * v
-        a2 += widen(w2[k]) * v
-        a3 += widen(w3[k]) * v
-        a4 += widen(w4[k]) * v
-        a5 += widen(w5[k]) * v
-        a6 += widen(w6[k]) * v
-        a7 += widen(w7[k]) * v
+    for k in range(np.uint64(n)):
+        v = x[at + k]
+        a0 += widen(w[r0 + k]) * v
+        a1 += widen(w[r1 + k]) * v
+        a2 += widen(w[r2 + k]) * v
+        a3 += widen(w[r3 + k]) * v
+        a4 += widen(w[r4 + k]) * v
+        a5 += widen(w[r5 + k]) * v
+        a6 += widen(w[r6 + k]) * v
+        a7 += widen(w[r7 + k]) * v
     return a0, a1, a2, a3, a4, a5, a6, a7
 
 
 @inner
-def _dots_4_by_4(w, row, step, x, i0, i1, i2, i3, n):
-    """Dots of rows row, row + step, ... of w with each of x[i0 : i0 + n], ..."""
-    w0, w1 = w[row : row + n], w[row + step : row + step + n]
-    w2, w3 = w[row + 2 * step : row + 2 * step + n], w[row + 3 * step : row + 3 * step + n]
-    x0, x1, x2, x3 = x[i0 : i0 + n], x[i1 : i1 + n], x[i2 : i2 + n], x[i3 : i3 + n]
+def _dots_4_by_4(w, row, step, x, at0, at1, at2, at3, n):
+    """Dots of rows row, row + step, ... of w with each of x[at0 : at0 + n], ..."""
+    r0, step = np.uint64(row), np.uint64(step)
+    r1, r2, r3 = r0 + step, r0 + step * U2, r0 + step * U3
+    t0, t1, t2, t3 = np.uint64(at0), np.uint64(at1), np.uint64(at2), np.uint64(at3)
     a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = np.float32(0)
     c0 = c1 = c2 = c3 = d0 = d1 = d2 = d3 = np.float32(0)
-    for k in range(n):
-        p, q, r, s = widen(w0[k]), widen(w1[k]), widen(w2[k]), widen(w3[k])
-        v0, v1, v2, v3 = x0[k], x1[k], x2[k], x3[k]
+    for k in range(np.uint64(n)):
+        p, q, r, s = widen(w[r0 + k]), widen(w[r1 + k]), widen(w[r2 + k]), widen(w[r3 + k])
+        v0, v1, v2, v3 = x[t0 + k], x[t1 + k], x[t2 + k], x[t3 + k]
         a0 += p * v0
         a1 += q * v0
         a2 += r * v0

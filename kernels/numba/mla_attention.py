@@ -5,7 +5,7 @@ Absorbed, a query of each head meets the latent cache as it is:
     q' = q_nope @ w_uk
     out = (softmax(scale * (q' @ latent^T + q_rope @ k_rope^T) + mask) @ latent) @ w_uv^T
 
-in float32 whatever the dtype. Keys are taken in splits of fixed size and these in chunks, which are widened once for
+in float32 whatever the dtype. Keys are taken in splits of fixed size and these in chunks, which stay in cache for
 a group of rows (a row is one head of one new token); chunks that the mask hides are not read, so time
 follows the visible part of a static cache. Splits are merged in order: nothing depends on the number of threads.
 """
@@ -19,7 +19,7 @@ import torch
 from numba import prange
 
 from dsopt.capture import known
-from dsopt.kernels.numba.dots import ROWS, rows_dot
+from dsopt.kernels.numba.dots import ROWS, U2, U3, rows_dot
 from dsopt.kernels.numba.multi_linear import check_weight
 from dsopt.kernels.numba.runtime import DTYPES, flat, inner, kernel, nothing, run, store, unit_stride, widen
 from dsopt.kernels.torch.gemm import bfloat16_is_slow
@@ -37,162 +37,225 @@ _NDIMS = {"q_nope": 4, "q_rope": 4, "latent": 3, "k_rope": 3, "w_uk": 3, "w_uv":
 
 
 @inner
-def _add_rows(a, at, w, row, step, count, n, out):
-    """out[:n] += sum_i a[at + i] * w[row + i * step : ...] for i < count."""
-    i = 0
-    while i + 8 <= count:
-        p = row + i * step
-        w0, w1, w2, w3 = w[p : p + n], w[p + step :], w[p + 2 * step :], w[p + 3 * step :]
-        w4, w5, w6, w7 = w[p + 4 * step :], w[p + 5 * step :], w[p + 6 * step :], w[p + 7 * step :]
+def _add_row(out, to, a, at, w, row, step, count, n):
+    """out[to + c] += sum_i a[at + i] * w[row + i * step + c] for i < count, c < n."""
+    for i in range(count):
+        first, base, factor = np.uint64(row + i * step), np.uint64(to), a[at + i]
+        for c in range(np.uint64(n)):
+            out[base + c] += factor * widen(w[first + c])
+
+
+@inner
+def _add_4_rows(out, to, out_step, a, at, a_step, w, row, step, count, n):
+    """`_add_row` for four rows of out and of a, `count` a multiple of four."""
+    o0, o_step = np.uint64(to), np.uint64(out_step)
+    o1, o2, o3 = o0 + o_step, o0 + o_step * U2, o0 + o_step * U3
+    at1, at2, at3 = at + a_step, at + 2 * a_step, at + 3 * a_step
+    for i in range(0, count, 4):
+        w0, w_step = np.uint64(row + i * step), np.uint64(step)
+        w1, w2, w3 = w0 + w_step, w0 + w_step * U2, w0 + w_step * U3
         a0, a1, a2, a3 = a[at + i], a[at + i + 1], a[at + i + 2], a[at + i + 3]
-        a4, a5, a6, a7 = a[at + i + 4], a[at + i + 5], a[at + i + 6], a[at + i + 7]
-        for c in range(n):
-            low = a0 * widen(w0[c]) + a1 * widen(w1[c]) + a2 * widen(w2[c]) + a3 * widen(w3[c])
-            high = a4 * widen(w4[c]) + a5 * widen(w5[c]) + a6 * widen(w6[c]) + a7 * widen(w7[c])
-            out[c] += low + high
-        i += 8
-    while i < count:
-        w0 = w[row + i * step : row + i * step + n]
-        for c in range(n):
-            out[c] += a[at + i] * widen(w0[c])
-        i += 1
+        b0, b1, b2, b3 = a[at1 + i], a[at1 + i + 1], a[at1 + i + 2], a[at1 + i + 3]
+        c0, c1, c2, c3 = a[at2 + i], a[at2 + i + 1], a[at2 + i + 2], a[at2 + i + 3]
+        d0, d1, d2, d3 = a[at3 + i], a[at3 + i + 1], a[at3 + i + 2], a[at3 + i + 3]
+        for c in range(np.uint64(n)):
+            p, q, r, s = widen(w[w0 + c]), widen(w[w1 + c]), widen(w[w2 + c]), widen(w[w3 + c])
+            out[o0 + c] += a0 * p + a1 * q + a2 * r + a3 * s
+            out[o1 + c] += b0 * p + b1 * q + b2 * r + b3 * s
+            out[o2 + c] += c0 * p + c1 * q + c2 * r + c3 * s
+            out[o3 + c] += d0 * p + d1 * q + d2 * r + d3 * s
 
 
 @inner
-def _soften(score, added, maximum):
-    """Scores of one row's chunk become weights relative to its maximum so far: (new maximum, their sum)."""
-    best = maximum
-    for t in range(score.size):
-        if added.size:
-            # a hidden key's score may be anything
-            score[t] = added[t] if added[t] == -np.inf else score[t] + added[t]
-        best = score[t] if score[t] > best else best
-    total = np.float32(0)
-    for t in range(score.size):
-        score[t] = math.exp(score[t] - best) if best > -np.inf else np.float32(0)
-        total += score[t]
-    return best, total
+def _absorb(head, sizes, q_nope, q_strides, w_uk, w_strides, scale, absorbed):
+    """absorbed[b, s, head] = scale * q_nope[b, head, s] @ w_uk[head]"""
+    batch, heads, tokens, _, rank, nope, _, _ = sizes
+    scaled = np.empty(nope, np.float32)
+    for i in range(batch * tokens):
+        at = i // tokens * q_strides[0] + head * q_strides[1] + i % tokens * q_strides[2]
+        for d in range(nope):
+            scaled[d] = widen(q_nope[at + d]) * scale
+        to = (i * heads + head) * rank
+        _add_row(absorbed, to, scaled, 0, w_uk, head * w_strides[0], w_strides[1], nope, rank)
 
 
 @inner
-def _hidden(added, added_strides, b, first_token, last_token, begin, end):
+def _rotary(sizes, q_rope, strides, scale):
+    """scale * q_rope as float32 (batch, tokens, heads, rope), flat."""
+    batch, heads, tokens, _, _, _, rope, _ = sizes
+    out = np.empty(batch * tokens * heads * rope, np.float32)
+    for row in range(batch * tokens * heads):
+        i, head = row // heads, row % heads
+        at = i // tokens * strides[0] + head * strides[1] + i % tokens * strides[2]
+        for d in range(rope):
+            out[row * rope + d] = widen(q_rope[at + d]) * scale
+    return out
+
+
+@inner
+def _all_hidden(added, strides, b, first_token, last_token, begin, end):
     """Whether all these keys are hidden from all these tokens."""
     if added.size == 0:
         return False
     for s in range(first_token, last_token + 1):
-        at = b * added_strides[0] + s * added_strides[1]
+        at = b * strides[0] + s * strides[1]
         for t in range(at + begin, at + end):
-            if added[t] > -np.inf or added[t] != added[t]:
+            if added[t] != -np.inf:
                 return False
     return True
 
 
-@kernel
-def _absorbed(
-    sizes, q_nope, q_nope_strides, q_rope, q_rope_strides, latent, latent_strides, k_rope, k_rope_strides,
-    w_uk, w_uk_strides, w_uv, w_uv_strides, added, added_strides, scale, out,
-):  # fmt: skip
-    """See the module; added is flat float32, (batch, tokens, cached) by its strides, or empty."""
-    batch, heads, tokens, cached, rank, nope, rope, value = sizes
-    depth, rows = rank + rope, heads * tokens
+@inner
+def _soften(scores, at, count, added, add_at, maximum):
+    """Scores of one row's chunk become weights relative to its maximum so far: (new maximum, their sum)."""
+    best, total = maximum, np.float32(0)
+    for t in range(count):
+        if added.size:
+            add = added[add_at + t]
+            # a hidden key's score may be anything
+            scores[at + t] = add if add == -np.inf else scores[at + t] + add
+        best = scores[at + t] if scores[at + t] > best else best
+    for t in range(count):
+        scores[at + t] = math.exp(scores[at + t] - best) if best > -np.inf else np.float32(0)
+        total += scores[at + t]
+    return best, total
 
-    queries = np.zeros(batch * rows * depth, np.float32)
-    for head in prange(heads):
-        scaled = np.empty(nope, np.float32)
-        for i in range(batch * tokens):
-            b, s = i // tokens, i % tokens
-            at = b * q_nope_strides[0] + head * q_nope_strides[1] + s * q_nope_strides[2]
-            for d in range(nope):
-                scaled[d] = widen(q_nope[at + d]) * scale
-            to = (b * rows + s * heads + head) * depth
-            w_at = head * w_uk_strides[0]
-            _add_rows(scaled, 0, w_uk, w_at, w_uk_strides[1], nope, rank, queries[to : to + rank])
-            at = b * q_rope_strides[0] + head * q_rope_strides[1] + s * q_rope_strides[2]
-            for d in range(rope):
-                queries[to + rank + d] = widen(q_rope[at + d]) * scale
 
-    groups, splits = (rows + _GROUP - 1) // _GROUP, (cached + _SPLIT - 1) // _SPLIT
-    sums = np.zeros((batch, groups, splits, _GROUP, rank), np.float32)
-    maxima = np.full((batch, groups, splits, _GROUP), -np.inf, np.float32)
-    totals = np.zeros((batch, groups, splits, _GROUP), np.float32)
-    for item in prange(batch * groups * splits):
-        b, group, split = item // (groups * splits), item // splits % groups, item % splits
-        first_row = group * _GROUP
-        last_row = min(rows, first_row + _GROUP)
-        block = np.empty(_CHUNK * depth, np.float32)
-        scores = np.empty((_GROUP, _CHUNK), np.float32)
-        dots = np.empty((_GROUP, ROWS), np.float32)
-        at = (b * rows + np.arange(first_row, last_row)) * depth
-        for begin in range(split * _SPLIT, min(cached, (split + 1) * _SPLIT), _CHUNK):
-            end = min(cached, (split + 1) * _SPLIT, begin + _CHUNK)
-            if _hidden(added, added_strides, b, first_row // heads, (last_row - 1) // heads, begin, end):
-                continue
-            for t in range(begin, end):
-                key = block[(t - begin) * depth : (t - begin + 1) * depth]
-                p = b * latent_strides[0] + t * latent_strides[1]
-                for c in range(rank):
-                    key[c] = widen(latent[p + c])
-                p = b * k_rope_strides[0] + t * k_rope_strides[1]
-                for c in range(rope):
-                    key[rank + c] = widen(k_rope[p + c])
-            for t in range(0, end - begin, ROWS):
-                count = min(ROWS, end - begin - t)
-                rows_dot(block, t * depth, depth, count, queries, at, depth, dots)
-                for r in range(last_row - first_row):
-                    for i in range(count):
-                        scores[r, t + i] = dots[r, i]
-            for r in range(last_row - first_row):
-                p = b * added_strides[0] + (first_row + r) // heads * added_strides[1]
-                add = added[p + begin : p + end] if added.size else added
-                before = maxima[b, group, split, r]
-                best, total = _soften(scores[r, : end - begin], add, before)
-                if best == -np.inf:
-                    continue
-                keep = math.exp(before - best)
-                row = sums[b, group, split, r]
-                if keep != 1:
-                    for c in range(rank):
-                        row[c] *= keep
-                maxima[b, group, split, r] = best
-                totals[b, group, split, r] = totals[b, group, split, r] * keep + total
-                _add_rows(scores[r], 0, block, 0, depth, end - begin, rank, row)
+@inner
+def _attend(
+    item, splits, sizes, absorbed, rotary, latent, l_strides, k_rope, k_strides, added, m_strides, partial
+):
+    """Fills partial (sums, maxima, totals) for the rows of one group and the keys of one split."""
+    _, heads, tokens, cached, rank, _, rope, _ = sizes
+    sums, maxima, totals = partial
+    rows = heads * tokens
+    groups = (rows + _GROUP - 1) // _GROUP
+    b, group, split = item // (groups * splits), item // splits % groups, item % splits
+    first = group * _GROUP
+    count = min(_GROUP, rows - first)
+    scores = np.zeros(_GROUP * _CHUNK, np.float32)
+    dots, rope_dots = np.empty((count, ROWS), np.float32), np.empty((count, ROWS), np.float32)
+    row = b * rows + np.arange(first, first + count)
+    absorbed_at, rotary_at = row * rank, row * rope
+    base = item * _GROUP
+    last = min(cached, (split + 1) * _SPLIT)
+    for begin in range(split * _SPLIT, last, _CHUNK):
+        keys = min(_CHUNK, last - begin)
+        if _all_hidden(
+            added, m_strides, b, first // heads, (first + count - 1) // heads, begin, begin + keys
+        ):
+            continue
+        latent_at = b * l_strides[0] + begin * l_strides[1]
+        k_at = b * k_strides[0] + begin * k_strides[1]
+        for t in range(0, keys, ROWS):
+            n = min(ROWS, keys - t)
+            rows_dot(latent, latent_at + t * l_strides[1], l_strides[1], n, absorbed, absorbed_at, rank, dots)
+            rows_dot(k_rope, k_at + t * k_strides[1], k_strides[1], n, rotary, rotary_at, rope, rope_dots)
+            for r in range(count):
+                for i in range(n):
+                    scores[r * _CHUNK + t + i] = dots[r, i] + rope_dots[r, i]
+        for r in range(count):
+            add_at = b * m_strides[0] + (first + r) // heads * m_strides[1] + begin
+            before = maxima[base + r]
+            best, total = _soften(scores, r * _CHUNK, keys, added, add_at, before)
+            keep = np.float32(math.exp(before - best)) if best > before else np.float32(1)
+            maxima[base + r] = best
+            totals[base + r] = totals[base + r] * keep + total
+            if keep != 1:
+                for c in range((base + r) * rank, (base + r + 1) * rank):
+                    sums[c] *= keep
+        fours = keys // 4 * 4
+        for r in range(0, count, 4):
+            to, at = (base + r) * rank, r * _CHUNK
+            if count - r >= 4 and fours:
+                _add_4_rows(sums, to, rank, scores, at, _CHUNK, latent, latent_at, l_strides[1], fours, rank)
+                done = fours
+            else:
+                done = 0
+            for i in range(min(4, count - r)):
+                left = latent_at + done * l_strides[1]
+                at = (r + i) * _CHUNK + done
+                _add_row(sums, to + i * rank, scores, at, latent, left, l_strides[1], keys - done, rank)
 
-    mixed = np.zeros(batch * rows * rank, np.float32)
-    for item in prange(batch * rows):
-        b, group, r = item // rows, item % rows // _GROUP, item % rows % _GROUP
-        best = np.max(maxima[b, group, :, r]) if splits else np.float32(-np.inf)
-        to = mixed[item * rank : (item + 1) * rank]
-        total = np.float32(0)
-        for split in range(splits):
-            if maxima[b, group, split, r] == -np.inf:
-                continue
-            keep = math.exp(maxima[b, group, split, r] - best)
-            total += totals[b, group, split, r] * keep
+
+@inner
+def _merge(row, splits, sizes, partial, mixed):
+    """mixed[row] = the latents' mean under one row's weights, from its splits in their order."""
+    _, heads, tokens, _, rank, _, _, _ = sizes
+    sums, maxima, totals = partial
+    rows = heads * tokens
+    groups = (rows + _GROUP - 1) // _GROUP
+    b, group, r = row // rows, row % rows // _GROUP, row % rows % _GROUP
+    base = (b * groups + group) * splits
+    best, total = np.float32(-np.inf), np.float32(0)
+    for split in range(splits):
+        best = max(best, maxima[(base + split) * _GROUP + r])
+    for c in range(row * rank, (row + 1) * rank):
+        mixed[c] = 0
+    for split in range(splits):
+        at = (base + split) * _GROUP + r
+        if maxima[at] > -np.inf:
+            keep = np.float32(math.exp(maxima[at] - best))
+            total += totals[at] * keep
             for c in range(rank):
-                to[c] += sums[b, group, split, r, c] * keep
-        for c in range(rank):
-            to[c] = to[c] / total if total != 0 else np.float32(0)
+                mixed[row * rank + c] += sums[at * rank + c] * keep
+    for c in range(row * rank, (row + 1) * rank):
+        mixed[c] = mixed[c] / total if total != 0 else np.float32(0)
 
-    blocks = (value + ROWS - 1) // ROWS
-    for item in prange(heads * blocks):
-        head, first = item // blocks, item % blocks * ROWS
+
+@inner
+def _project(head, sizes, mixed, w_uv, strides, out):
+    """out[b, s, head] = w_uv[head] @ mixed[b, s, head]"""
+    batch, heads, tokens, _, rank, _, _, value = sizes
+    dots = np.empty((batch * tokens, ROWS), np.float32)
+    at = (np.arange(batch * tokens) * heads + head) * rank
+    for first in range(0, value, ROWS):
         count = min(ROWS, value - first)
-        dots = np.empty((batch * tokens, ROWS), np.float32)
-        # (b, s, head) is row b * rows + s * heads + head
-        at = (np.arange(batch * tokens) * heads + head) * rank
-        rows_dot(
-            w_uv,
-            head * w_uv_strides[0] + first * w_uv_strides[1],
-            w_uv_strides[1],
-            count,
-            mixed,
-            at,
-            rank,
-            dots,
-        )
+        rows_dot(w_uv, head * strides[0] + first * strides[1], strides[1], count, mixed, at, rank, dots)
         for i in range(batch * tokens):
             for c in range(count):
                 store(out, (i * heads + head) * value + first + c, dots[i, c])
+
+
+@inner
+def _partial(items, rank):
+    """Sums, maxima and totals of so many splits of groups, at first of no key."""
+    sums, totals = np.zeros(items * _GROUP * rank, np.float32), np.zeros(items * _GROUP, np.float32)
+    return sums, np.full(items * _GROUP, -np.inf, np.float32), totals
+
+
+@kernel
+def _absorbed(
+    sizes, q_nope, q_strides, q_rope, r_strides, latent, l_strides, k_rope, k_strides,
+    w_uk, uk_strides, w_uv, uv_strides, added, m_strides, scale, out, absorbed, mixed,
+):  # fmt: skip
+    """See the module. added (batch, tokens, cached) by its strides, or empty; absorbed, all zeros, and mixed
+    (batch, tokens, heads, rank) are for its own use."""
+    for head in prange(sizes[1]):
+        _absorb(head, sizes, q_nope, q_strides, w_uk, uk_strides, scale, absorbed)
+    rotary = _rotary(sizes, q_rope, r_strides, scale)
+    splits = (sizes[3] + _SPLIT - 1) // _SPLIT
+    items = sizes[0] * ((sizes[1] * sizes[2] + _GROUP - 1) // _GROUP) * splits
+    partial = _partial(items, sizes[4])
+    for item in prange(items):
+        _attend(
+            item,
+            splits,
+            sizes,
+            absorbed,
+            rotary,
+            latent,
+            l_strides,
+            k_rope,
+            k_strides,
+            added,
+            m_strides,
+            partial,
+        )
+    for row in prange(sizes[0] * sizes[1] * sizes[2]):
+        _merge(row, splits, sizes, partial, mixed)
+    for head in prange(sizes[1]):
+        _project(head, sizes, mixed, w_uv, uv_strides, out)
 
 
 def _added(mask: torch.Tensor | None, tokens: int, cached: int, is_causal: bool) -> torch.Tensor | None:
@@ -248,7 +311,8 @@ def absorbed(
     add = nothing(torch.float32) if added is None else flat(added)
     sizes = (batch, heads, tokens, cached, rank, nope, rope, value)
     work = batch * heads * tokens * (rank * (nope + value) + cached * (2 * rank + rope))
-    run(work, _absorbed, sizes, *operands, add, strides, np.float32(scale), flat(out))
+    memory = np.zeros((2, batch * tokens * heads * rank), np.float32)
+    run(work, _absorbed, sizes, *operands, add, strides, np.float32(scale), flat(out), *memory)
     return out
 
 

@@ -10,7 +10,7 @@ from numba import prange
 
 from dsopt.capture import known
 from dsopt.kernels.numba.dots import ROWS, rows_dot
-from dsopt.kernels.numba.runtime import DTYPES, flat, kernel, nothing, run, store, widen
+from dsopt.kernels.numba.runtime import DTYPES, flat, inner, kernel, nothing, run, store, widen
 from dsopt.kernels.torch import gemm
 from dsopt.op import Kernel
 
@@ -18,18 +18,22 @@ from dsopt.op import Kernel
 FEW_TOKENS = 16
 
 
+@inner
+def _block(first, x, at, w, w_stride, bias, out, n, k):
+    """Outputs first, ..., first + ROWS - 1 of each token."""
+    rows = min(ROWS, n - first)
+    dots = np.empty((at.size, ROWS), np.float32)
+    rows_dot(w, first * w_stride, w_stride, rows, x, at, k, dots)
+    for t in range(at.size):
+        for i in range(rows):
+            b = widen(bias[first + i]) if bias.size else np.float32(0)
+            store(out, t * n + first + i, dots[t, i] + b)
+
+
 @kernel
-def _linear(x, w, w_stride, bias, out, tokens, n, k):
-    at = np.arange(tokens) * k
+def _linear(x, at, w, w_stride, bias, out, n, k):
     for block in prange((n + ROWS - 1) // ROWS):
-        first = block * ROWS
-        rows = min(ROWS, n - first)
-        dots = np.empty((tokens, ROWS), np.float32)
-        rows_dot(w, first * w_stride, w_stride, rows, x, at, k, dots)
-        for t in range(tokens):
-            for i in range(rows):
-                b = widen(bias[first + i]) if bias.size else np.float32(0)
-                store(out, t * n + first + i, dots[t, i] + b)
+        _block(block * ROWS, x, at, w, w_stride, bias, out, n, k)
 
 
 def linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -40,18 +44,8 @@ def linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -
         return gemm.linear(x, w, bias)
     out = torch.empty(*x.shape[:-1], n, dtype=x.dtype)
     b = nothing(x.dtype) if bias is None else flat(bias.contiguous())
-    run(
-        tokens * n * k,
-        _linear,
-        flat(x.float().contiguous()),
-        flat(w),
-        w.stride(0),
-        b,
-        flat(out),
-        tokens,
-        n,
-        k,
-    )
+    at = np.arange(tokens) * k
+    run(tokens * n * k, _linear, flat(x.float().contiguous()), at, flat(w), w.stride(0), b, flat(out), n, k)
     return out
 
 

@@ -32,8 +32,11 @@ _FASTMATH = {"reassoc", "contract", "nsz"}
 
 # compiles a function that other compiled functions call
 inner = numba.njit(cache=True, fastmath=_FASTMATH, error_model="numpy")
-# compiles a kernel, at its first call, whose prange loops run on torch's OpenMP threads
-kernel = numba.njit(cache=True, fastmath=_FASTMATH, error_model="numpy", parallel=True, nogil=True)
+# compiles a kernel, at its first call, whose prange loops run on torch's OpenMP threads; no other loop does
+_PARALLEL = dict.fromkeys(
+    ("comprehension", "fusion", "inplace_binop", "numpy", "reduction", "setitem", "stencil"), False
+)
+kernel = numba.njit(cache=True, fastmath=_FASTMATH, error_model="numpy", nogil=True, parallel=True)
 
 # multiply-adds below which waking another thread costs more than it saves
 SERIAL_WORK = 1 << 15
