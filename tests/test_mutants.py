@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import build
-from mutants import MUTANTS, subject
+from mutants import MORE_MUTANTS, MUTANTS, subject
 
 import dsopt
 
@@ -16,20 +16,26 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 FAITHFUL = runpy.run_path(str(Path(__file__).with_name("test_faithful.py")))
 DTYPES = (torch.float32, torch.bfloat16)
+ALL = MUTANTS | MORE_MUTANTS
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "situation", sorted({(m.family, m.situation) for m in MUTANTS.values()}), ids="-".join
-)
+@pytest.mark.parametrize("situation", sorted({(m.family, m.situation) for m in ALL.values()}), ids="-".join)
 def test_verify_passes_without(situation, dtype):
     assert dsopt.verify(*subject(*situation, dtype)).first is None
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize(
+    "name, dtype",
+    [
+        *((name, dtype) for name in MUTANTS for dtype in DTYPES),
+        *((name, torch.float32) for name in MORE_MUTANTS),
+        *(pytest.param(name, torch.bfloat16, marks=pytest.mark.slow) for name in MORE_MUTANTS),
+    ],
+    ids=str,
+)
 def test_verify_names_the_module(name, dtype, monkeypatch):
-    mutant = MUTANTS[name]
+    mutant = ALL[name]
     module, inputs = subject(mutant.family, mutant.situation, dtype)
     changed = mutant.wrong.inject(monkeypatch)
     with pytest.raises(dsopt.VerifyError) as caught:
@@ -39,16 +45,16 @@ def test_verify_names_the_module(name, dtype, monkeypatch):
 
 
 def test_verify_names_the_layer_of_a_model(monkeypatch):
-    model = build("v3", n_group=1, topk_group=1)
+    model = build("v3", num_hidden_layers=1, first_k_dense_replace=0)
     inputs = {"input_ids": torch.randint(3, 120, (2, 7)), "use_cache": False}
     MUTANTS["missing renormalisation"].wrong.inject(monkeypatch)
-    with pytest.raises(dsopt.VerifyError, match=r"first departs at model\.layers\.1\.mlp\.gate "):
+    with pytest.raises(dsopt.VerifyError, match=r"first departs at model\.layers\.0\.mlp\.gate "):
         dsopt.verify(model, inputs)
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize("name", ALL)
 def test_its_own_test_fails(name, monkeypatch):
-    mutant = MUTANTS[name]
+    mutant = ALL[name]
     changed = mutant.wrong.inject(monkeypatch)
     with pytest.raises(AssertionError):
         FAITHFUL[mutant.caught_by]()

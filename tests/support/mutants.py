@@ -1,7 +1,7 @@
 """Wrong rewrites on purpose: one thing changed in the graphs that a pass leaves, or in what computes an op.
 
-MUTANTS says of each where it is put, which site `dsopt.verify` must name, and which test of `test_faithful.py` is
-there to catch it.
+MUTANTS and MORE_MUTANTS say of each where it is put, which site `dsopt.verify` must name, and which test of
+`test_faithful.py` is there to catch it.
 """
 
 from __future__ import annotations
@@ -87,9 +87,8 @@ class Mutant:
 
 def subject(family: str, situation: str, dtype: torch.dtype) -> tuple[torch.nn.Module, Any]:
     """A module and its inputs for `dsopt.verify`: an attention in one of three situations, or an MLP."""
-    of = block(
-        family, {"shard": "experts", "experts": "experts", "dense": "dense"}.get(situation, "none"), dtype
-    )
+    mlp = {"shard": "experts", "experts": "experts", "dense": "dense"}.get(situation, "none")
+    of = block(family, mlp, dtype)
     if situation == "shard":
         return Shard(of), of.tokens().flatten(0, 1)
     if situation in ("experts", "dense"):
@@ -99,9 +98,14 @@ def subject(family: str, situation: str, dtype: torch.dtype) -> tuple[torch.nn.M
     return of.layer, of.prefill(1e-3 if situation == "small prefill" else 1.0)
 
 
-def given(**new: Any) -> Callable[[Emitter, dict[str, Any]], dict[str, Any]]:
-    """A change of arguments to given values."""
+def put(**new: Any) -> Callable[[Emitter, dict[str, Any]], dict[str, Any]]:
+    """Other values of arguments."""
     return lambda emit, old: new
+
+
+def swapped(a: str, b: str) -> Callable[[Emitter, dict[str, Any]], dict[str, Any]]:
+    """Two arguments in each other's place."""
+    return lambda emit, old: {a: old[b], b: old[a]}
 
 
 def double_scale(emit, old):
@@ -125,10 +129,6 @@ def up_before_gate(emit, old):
     gate = emit(aten.slice.Tensor, old["w13"], 1, 0, rows // 2)
     up = emit(aten.slice.Tensor, old["w13"], 1, rows // 2, rows)
     return {"w13": emit(aten.cat.default, [up, gate], 1)}
-
-
-def swapped(a: str, b: str) -> Callable[[Emitter, dict[str, Any]], dict[str, Any]]:
-    return lambda emit, old: {a: old[b], b: old[a]}
 
 
 def clamped_ids(x, ids, weights, w13, *rest):
@@ -165,7 +165,7 @@ def one_key_more(emit, old):
 
 
 def absorbed_queries(emit, old):
-    """Queries that went through w_uk already, which the op absorbs once more."""
+    """Queries that w_uk was absorbed into already, which the op absorbs into them once more."""
     return {"q_nope": emit(aten.matmul.default, old["q_nope"], old["w_uk"])}
 
 
@@ -178,45 +178,21 @@ MUTANTS = {
         Computed(moe_route, mixed_from_choice),
         "v3", "experts", "mlp.gate", "test_bias_chooses_experts_and_is_never_mixed",
     ),
-    "bias forgotten": Mutant(
-        Rewritten("fuse_router", moe_route, given(bias=None)),
-        "v3", "experts", "mlp.gate", "test_bias_chooses_experts_and_is_never_mixed",
-    ),
     "group score by max instead of top-2": Mutant(
-        Rewritten("fuse_router", moe_route, given(group_score="max")),
+        Rewritten("fuse_router", moe_route, put(group_score="max")),
         "v3", "experts", "mlp.gate", "test_groups_of_v3_are_ranked_by_their_best_two",
     ),
-    "group score by top-2 instead of max": Mutant(
-        Rewritten("fuse_router", moe_route, given(group_score="top2")),
-        "v2", "experts", "mlp.gate", "test_groups_of_v2_are_ranked_by_their_best",
-    ),
     "missing renormalisation": Mutant(
-        Rewritten("fuse_router", moe_route, given(renormalize=False)),
+        Rewritten("fuse_router", moe_route, put(renormalize=False)),
         "v3", "experts", "mlp.gate", "test_weights_of_v3_are_renormalized",
     ),
-    "weights of other experts": Mutant(
-        Rewritten("batch_experts", moe_experts, turned_ids),
-        "v2", "experts", "mlp", "test_each_expert_is_mixed_by_its_own_weight",
+    "shared expert dropped": Mutant(
+        Rewritten("fold_shared_experts", moe_experts, put(shared_gate=None, shared_up=None, shared_down=None)),
+        "v3", "experts", "mlp", "test_shared_experts_are_added",
     ),
     "gate and up of experts swapped": Mutant(
         Rewritten("batch_experts", moe_experts, up_before_gate),
         "v3", "experts", "mlp", "test_experts_activate_the_gate_and_not_up",
-    ),
-    "gate and up of experts take turns": Mutant(
-        Rewritten("batch_experts", moe_experts, given(interleaved=True)),
-        "v3", "experts", "mlp", "test_experts_activate_the_gate_and_not_up",
-    ),
-    "sentinel counted as the last expert": Mutant(
-        Computed(moe_experts, clamped_ids),
-        "v3", "shard", "experts", "test_experts_of_other_shards_add_nothing",
-    ),
-    "shared expert dropped": Mutant(
-        Rewritten("fold_shared_experts", moe_experts, given(shared_gate=None, shared_up=None, shared_down=None)),
-        "v3", "experts", "mlp", "test_shared_experts_are_added",
-    ),
-    "gate and up of shared experts swapped": Mutant(
-        Rewritten("fold_shared_experts", moe_experts, swapped("shared_gate", "shared_up")),
-        "v3", "experts", "mlp", "test_shared_experts_are_added",
     ),
     "gate and up of a dense MLP swapped": Mutant(
         Rewritten("fuse_gated_mlp", gated_mlp, swapped("w_gate", "w_up")),
@@ -224,23 +200,11 @@ MUTANTS = {
     ),
     "RoPE layout swapped": Mutant(
         Rewritten("fuse_rope", rope, other_pairs),
-        "v3", "prefill", "self_attn", "test_rope_turns_neighbours_in_v3",
-    ),
-    "RoPE layout swapped, v2": Mutant(
-        Rewritten("fuse_rope", rope, other_pairs),
-        "v2", "prefill", "self_attn", "test_rope_turns_neighbours_in_v2",
-    ),
-    "RoPE result laid out otherwise": Mutant(
-        Rewritten("fuse_rope", rope, other_layout),
-        "v3", "decode", "self_attn", "test_cache_holds_rotated_keys_as_eager_lays_them_out",
+        "v3", "prefill", "self_attn", "test_rope_turns_pairs_of_neighbours_in_v3",
     ),
     "YaRN scale of the softmax lost": Mutant(
         Rewritten("absorb_mla", mla_attention, plain_softmax_scale),
         "v2", "prefill", "self_attn", "test_yarn_scales_softmax_and_tables",
-    ),
-    "YaRN scale of the tables lost": Mutant(
-        Rewritten("fuse_rope", rope, plain_tables),
-        "v3", "prefill", "self_attn", "test_yarn_scales_softmax_and_tables",
     ),
     "causal offset by one, prefill": Mutant(
         Rewritten("absorb_mla", mla_attention, one_key_more),
@@ -254,8 +218,46 @@ MUTANTS = {
         Rewritten("absorb_mla", mla_attention, absorbed_queries),
         "v2", "decode", "self_attn", "test_latent_is_expanded_once",
     ),
+}  # fmt: skip
+MORE_MUTANTS = {
+    "bias forgotten": Mutant(
+        Rewritten("fuse_router", moe_route, put(bias=None)),
+        "v3", "experts", "mlp.gate", "test_bias_chooses_experts_and_is_never_mixed",
+    ),
+    "group score by top-2 instead of max": Mutant(
+        Rewritten("fuse_router", moe_route, put(group_score="top2")),
+        "v2", "experts", "mlp.gate", "test_groups_of_v2_are_ranked_by_their_best",
+    ),
+    "weights of other experts": Mutant(
+        Rewritten("batch_experts", moe_experts, turned_ids),
+        "v2", "experts", "mlp", "test_each_expert_is_mixed_by_its_own_weight",
+    ),
+    "gate and up of experts take turns": Mutant(
+        Rewritten("batch_experts", moe_experts, put(interleaved=True)),
+        "v3", "experts", "mlp", "test_experts_activate_the_gate_and_not_up",
+    ),
+    "sentinel counted as the last expert": Mutant(
+        Computed(moe_experts, clamped_ids),
+        "v3", "shard", "experts", "test_experts_of_other_shards_add_nothing",
+    ),
+    "gate and up of shared experts swapped": Mutant(
+        Rewritten("fold_shared_experts", moe_experts, swapped("shared_gate", "shared_up")),
+        "v3", "experts", "mlp", "test_shared_experts_are_added",
+    ),
+    "RoPE layout swapped, v2": Mutant(
+        Rewritten("fuse_rope", rope, other_pairs),
+        "v2", "prefill", "self_attn", "test_rope_turns_pairs_of_neighbours_in_v2",
+    ),
+    "RoPE result laid out otherwise": Mutant(
+        Rewritten("fuse_rope", rope, other_layout),
+        "v2", "decode", "self_attn", "test_cache_holds_rotated_keys_as_eager_lays_them_out",
+    ),
+    "YaRN scale of the tables lost": Mutant(
+        Rewritten("fuse_rope", rope, plain_tables),
+        "v2", "prefill", "self_attn", "test_yarn_scales_softmax_and_tables",
+    ),
     "epsilon of norms lost": Mutant(
-        Rewritten("fuse_rms_norm", rms_norm, given(eps=0.0)),
+        Rewritten("fuse_rms_norm", rms_norm, put(eps=0.0)),
         "v2", "small prefill", "input_layernorm", "test_norms_add_their_epsilon",
     ),
 }  # fmt: skip
