@@ -58,21 +58,30 @@ WEIGHTED = mul(Cast(NORMALIZED), Cast(Var("weight", lambda v: is_tensor(v) and v
 
 
 def run(gm: GraphModule, log: Log) -> None:
+    for node in gm.graph.find_nodes(op="call_function", target=aten.rms_norm.default):
+        _native(gm, node, log)
     taken: set[Node] = set()
-    for node in list(gm.graph.nodes):
-        if is_op(node, aten.rms_norm.default):
-            _native(gm, node, log)
-        found = _find(WEIGHTED, node)
-        if found is not None:
-            taken.update(found["inner"])
-            _fuse(gm, node, found, log)
-    for node in list(gm.graph.nodes):
-        found = _find(NORMALIZED, node) if node not in taken else None
-        if found is not None and node.users:
-            taken.update(found["inner"])
-            _fuse(gm, node, found, log)
+    refused: dict[Node, tuple[Node, str]] = {}
+    # what has no weight of its own, or shares the normalized value, is a norm all the same
+    for pattern in (WEIGHTED, NORMALIZED):
+        for node in list(gm.graph.nodes):
+            found = _find(pattern, node) if node not in taken and node.users else None
+            if found is None:
+                continue
+            (root,) = (n for n in found["inner"] if is_op(n, aten.rsqrt.default))
+            if (reason := _fuse(gm, node, found, log)) is None:
+                taken.update(found["inner"])
+                refused.pop(root, None)
+            else:
+                refused.setdefault(root, (node, reason))
+    for node, reason in refused.values():
+        log.miss(node, reason)
     for node in gm.graph.nodes:
-        if is_op(node, aten.rsqrt.default, aten.sqrt.default) and node not in taken and is_norm(node):
+        if (
+            is_op(node, aten.rsqrt.default, aten.sqrt.default)
+            and node not in {*taken, *refused}
+            and is_norm(node)
+        ):
             log.miss(node, "not x * rsqrt(mean(x^2, -1) + eps): eps, mean or product stand elsewhere")
 
 
@@ -99,28 +108,29 @@ def _native(gm: GraphModule, node: Node, log: Log) -> None:
         _rewrite(gm, node, x, weight, eps, log, [node])
 
 
-def _fuse(gm: GraphModule, node: Node, found: Bindings, log: Log) -> None:
+def _fuse(gm: GraphModule, node: Node, found: Bindings, log: Log) -> str | None:
+    """Rewrites one match; why not if it may not be."""
     x, weight = found["x"], found.get("weight")
     root = last_cast(node, val(x).dtype)
     dims = found["dims"]
     casts_of_x = [n for n in found["inner"] if is_op(n, aten.to.dtype) and n.args[0] is x]
     if reader := other_reader(root, [*found["inner"], node], casts_of_x):
         outside = next(_outside(reader, found, root))
-        log.miss(node, f"an intermediate value is read by another node, {outside}")
-    elif len(dims) != 1 or not is_inner_dim(dims[0], val(x).ndim):
-        log.miss(node, f"the mean runs over dims {list(dims)}, not over the last")
-    elif val(root).dtype != val(x).dtype:
-        log.miss(node, f"the result is {val(root).dtype} but the input is {val(x).dtype}")
-    elif not keeps(found, val(x).dtype):
-        log.miss(node, f"a cast rounds to less than the input's {val(x).dtype} in between")
-    elif weight is not None and val(weight).dtype != val(x).dtype:
-        log.miss(node, f"weight is {val(weight).dtype} but the input is {val(x).dtype}")
-    elif weight is not None and not same_shape(shape(weight), shape(x)[-1:]):
-        log.miss(node, "the weight's size is not the input's last size")
-    elif reason := log.moved(matched := [root, node, *found["inner"]], root):
-        log.miss(node, reason)
-    else:
-        _rewrite(gm, root, x, weight, found["eps"], log, matched)
+        return f"an intermediate value is read by another node, {outside}"
+    if len(dims) != 1 or not is_inner_dim(dims[0], val(x).ndim):
+        return f"the mean runs over dims {list(dims)}, not over the last"
+    if val(root).dtype != val(x).dtype:
+        return f"the result is {val(root).dtype} but the input is {val(x).dtype}"
+    if not keeps(found, val(x).dtype):
+        return f"a cast rounds to less than the input's {val(x).dtype} in between"
+    if weight is not None and val(weight).dtype != val(x).dtype:
+        return f"weight is {val(weight).dtype} but the input is {val(x).dtype}"
+    if weight is not None and not same_shape(shape(weight), shape(x)[-1:]):
+        return "the weight's size is not the input's last size"
+    if reason := log.moved(matched := [root, node, *found["inner"]], root):
+        return reason
+    _rewrite(gm, root, x, weight, found["eps"], log, matched)
+    return None
 
 
 def _outside(reader: Node, found: Bindings, root: Node):
