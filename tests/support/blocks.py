@@ -93,17 +93,17 @@ class NormedMLP(torch.nn.Module):
 
 
 class Shard(torch.nn.Module):
-    """The experts of a layer as a device of expert parallelism runs them that holds the first half.
+    """The experts of a layer on a device of expert parallelism that runs the first half of them.
 
-    Choices of the others are given to it as num_experts, which is no expert of its, with their weights.
+    The ids of others become num_experts, which is no expert's; their weights stay.
     """
 
     def __init__(self, of: Block):
         super().__init__()
         self.router, self.experts = of.layer.mlp.gate, of.layer.mlp.experts
         self.experts._is_expert_parallel = True
+        self.held = self.experts.num_experts // 2
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         _, weights, ids = self.router(x)
-        absent = self.experts.num_experts
-        return self.experts(x, ids.masked_fill(ids >= absent // 2, absent), weights)
+        return self.experts(x, ids.masked_fill(ids >= self.held, self.experts.num_experts), weights)
