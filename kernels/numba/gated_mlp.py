@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import silu
 
 from dsopt.kernels.numba.moe_experts import FEW_TOKENS, add_mlp
 from dsopt.kernels.numba.multi_linear import check_weight
 from dsopt.kernels.numba.runtime import DTYPES
-from dsopt.kernels.torch.gemm import linear
+from dsopt.kernels.torch.gated_mlp import gated_mlp as many_tokens
 from dsopt.op import Kernel
 
 
@@ -22,9 +21,8 @@ def gated_mlp(
     b_down: torch.Tensor | None = None,
 ) -> torch.Tensor:
     tokens = x.shape[:-1].numel()
-    if tokens > FEW_TOKENS:
-        hidden = silu(linear(x, w_gate, b_gate), inplace=True)
-        return linear(hidden.mul_(linear(x, w_up, b_up)), w_down, b_down)
+    if tokens > FEW_TOKENS[x.dtype]:
+        return many_tokens(x, w_gate, w_up, w_down, b_gate, b_up, b_down)
     out = torch.zeros(tokens, w_down.shape[0])
     if out.numel():
         rows = x.reshape(tokens, x.shape[-1]).float().contiguous()

@@ -2,7 +2,7 @@
 
 Choices are grouped by expert. Then hidden = act(gate) * up for blocks of rows of each chosen expert, and
 out = sum of weight * (w2 @ hidden) for blocks of rows of the output, in the order of the experts: a sum does not
-depend on the number of threads. float32 inside. Many tokens go to ATen's GEMMs.
+depend on the number of threads. float32 inside. Many tokens an expert go to ATen's GEMMs.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from numba import prange
 from dsopt.kernels.numba.dots import ROWS, rows_dot
 from dsopt.kernels.numba.multi_linear import check_weight
 from dsopt.kernels.numba.runtime import DTYPES, flat, inner, kernel, nothing, run, widen
-from dsopt.kernels.torch.moe_experts import moe_experts as many_tokens
+from dsopt.kernels.torch.moe_experts import by_expert
 from dsopt.op import Kernel
 
-# tokens up to which reading the weights dominates
-FEW_TOKENS = 16
+# tokens an expert has, on average, up to which this kernel is faster than widening its weights for ATen's GEMM
+# (bfloat16; V2-Lite's widths), or than that GEMM alone (float32)
+FEW_TOKENS = {torch.bfloat16: 32, torch.float32: 4}
 
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai")
 
@@ -169,11 +170,10 @@ def moe_experts(
     shared_up: torch.Tensor | None = None,
     shared_down: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    if x.shape[0] > FEW_TOKENS:
-        return many_tokens(
-            x, ids, weights, w13, w2, w3, b13, b2, b3, activation, gated, interleaved, limit,
-            shared_gate, shared_up, shared_down,
-        )  # fmt: skip
+    if ids.numel() > FEW_TOKENS[x.dtype] * w13.shape[0]:
+        shared = (shared_gate, shared_up, shared_down)
+        how = (activation, gated, interleaved, limit)
+        return by_expert(x, ids, weights, w13, w2, w3, b13, b2, b3, *how, *shared)
     gate, up, b_gate, b_up = w13, None, b13, None
     if gated:
         gate, up = (w13, w3) if w3 is not None else _halves(w13, interleaved)

@@ -1,10 +1,11 @@
-"""Gated MLP as three ATen GEMMs, the activation in place on the first one's result."""
+"""Gated MLP as three GEMMs of `gemm`'s kind, the activation in place on the first one's result."""
 
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F
+from torch.nn.functional import silu
 
+from dsopt.kernels.torch.gemm import linear
 from dsopt.op import Kernel
 
 
@@ -17,8 +18,8 @@ def gated_mlp(
     b_up: torch.Tensor | None = None,
     b_down: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    hidden = F.silu(F.linear(x, w_gate, b_gate), inplace=True)
-    return F.linear(hidden.mul_(F.linear(x, w_up, b_up)), w_down, b_down)
+    hidden = silu(linear(x, w_gate, b_gate), inplace=True)
+    return linear(hidden.mul_(linear(x, w_up, b_up)), w_down, b_down)
 
 
 KERNELS = (Kernel(op="gated_mlp", backend="torch", plan=lambda *_: gated_mlp, priority=1),)

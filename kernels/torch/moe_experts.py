@@ -1,19 +1,23 @@
-"""Experts through ATen: tokens sorted by expert, then GEMMs over each hit expert's rows.
+"""Experts through ATen: choices sorted by expert, then GEMMs over each expert's tokens where its weights lie.
 
-Weights are read where they lie and only those of experts that some token chose.
+`grouped` multiplies all experts' tokens in one `torch._grouped_mm`, without asking the host how many each has.
+`by_expert` loops over the experts that were chosen; on CPU it is faster where an expert has many tokens and bfloat16
+is slow (see `gemm`), and on any device it takes the layouts and dtypes that `grouped` cannot.
 """
 
 from __future__ import annotations
 
-import torch
-from torch.nn import functional as F
+from collections.abc import Callable
 
+import torch
+
+from dsopt.kernels.torch.gated_mlp import gated_mlp
+from dsopt.kernels.torch.gemm import MANY_TOKENS, bfloat16_is_slow, linear
 from dsopt.op import Kernel
 from dsopt.ops.experts import activate
-from dsopt.ops.linear import gated_mlp_reference
 
 
-def moe_experts(
+def by_expert(
     x: torch.Tensor,
     ids: torch.Tensor,
     weights: torch.Tensor,
@@ -31,16 +35,12 @@ def moe_experts(
     shared_up: torch.Tensor | None = None,
     shared_down: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    num_experts, topk = w13.shape[0], ids.shape[-1]
-    out = torch.zeros(
-        x.shape[0], w2.shape[1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device
-    )
-    if shared_gate is not None:
-        out += gated_mlp_reference(x, shared_gate, shared_up, shared_down)
-    flat = ids.reshape(-1).long()
-    flat, order = torch.where((flat < 0) | (flat > num_experts), num_experts, flat).sort(stable=True)
-    counts = torch.bincount(flat, minlength=num_experts + 1)[:num_experts].tolist()
-    tokens, weights = order // max(1, topk), weights.reshape(-1)[order].to(out.dtype).unsqueeze(-1)
+    """One expert after another, those without tokens left out; reads the counts on the host."""
+    expert, order = _sorted(ids, w13.shape[0])
+    counts = torch.bincount(expert, minlength=w13.shape[0] + 1)[:-1].tolist()
+    tokens = order // max(1, ids.shape[1])
+    out = _shared(x, w2.shape[1], shared_gate, shared_up, shared_down)
+    weights = weights.reshape(-1)[order].to(out.dtype).unsqueeze(-1)
     start = 0
     for e, count in enumerate(counts):
         if count == 0:
@@ -49,12 +49,93 @@ def moe_experts(
         start += count
         token = tokens[rows]
         picked = x[token]
-        h = F.linear(picked, w13[e], None if b13 is None else b13[e])
-        other = None if w3 is None else F.linear(picked, w3[e], None if b3 is None else b3[e])
+        h = linear(picked, w13[e], None if b13 is None else b13[e])
+        other = None if w3 is None else linear(picked, w3[e], None if b3 is None else b3[e])
         h = activate(h, other, activation, gated, interleaved, limit)
-        y = F.linear(h, w2[e], None if b2 is None else b2[e])
+        y = linear(h, w2[e], None if b2 is None else b2[e])
         out.index_add_(0, token, y * weights[rows])
     return out.to(x.dtype)
 
 
-KERNELS = (Kernel(op="moe_experts", backend="torch", plan=lambda *_: moe_experts, priority=1),)
+def grouped(
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    w3: torch.Tensor | None = None,
+    b13: torch.Tensor | None = None,
+    b2: torch.Tensor | None = None,
+    b3: torch.Tensor | None = None,
+    activation: str = "silu",
+    gated: bool = True,
+    interleaved: bool = False,
+    limit: float | None = None,
+    shared_gate: torch.Tensor | None = None,
+    shared_up: torch.Tensor | None = None,
+    shared_down: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """All experts in one product per weight, without a word from the device to the host."""
+    num_experts, topk = w13.shape[0], ids.shape[1]
+    out = _shared(x, w2.shape[1], shared_gate, shared_up, shared_down)
+    if ids.numel() == 0:
+        return out.to(x.dtype)
+    expert, order = _sorted(ids, num_experts)
+    # searchsorted rather than bincount, which asks for the largest value on the host
+    experts = torch.arange(num_experts, device=x.device)
+    ends = torch.searchsorted(expert, experts, right=True, out_int32=True)
+
+    def product(rows: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+        y = torch._grouped_mm(rows, w.mT, offs=ends)
+        return y if b is None else y + b[expert.clamp(max=num_experts - 1)]
+
+    picked = x[order // topk]
+    h = product(picked, w13, b13)
+    other = None if w3 is None else product(picked, w3, b3)
+    y = product(activate(h, other, activation, gated, interleaved, limit), w2, b2)
+    y = y * weights.reshape(-1)[order].to(out.dtype).unsqueeze(-1)
+    # rows of ids that are no expert's were never written
+    y = y.masked_fill((expert == num_experts).unsqueeze(-1), 0.0)
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=x.device))
+    out += y[back].view(*ids.shape, -1).sum(1)
+    return out.to(x.dtype)
+
+
+def _sorted(ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The experts chosen in order, num_experts for what is none's, and the choice each of them is."""
+    expert = ids.reshape(-1).long()
+    expert = expert.masked_fill((expert < 0) | (expert > num_experts), num_experts)
+    return expert.sort(stable=True)
+
+
+def _shared(
+    x: torch.Tensor, width: int, gate: torch.Tensor | None, up: torch.Tensor | None, down: torch.Tensor | None
+) -> torch.Tensor:
+    """What the shared experts give, or zeros, in at least float32."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if gate is None:
+        return torch.zeros(x.shape[0], width, dtype=wide, device=x.device)
+    return gated_mlp(x, gate, up, down).to(wide)
+
+
+def _groups(w: torch.Tensor) -> bool:
+    """Whether `torch._grouped_mm` reads a weight where it lies: neighbours in one dimension, 16 bytes in the others."""
+    aligned = [s * w.element_size() % 16 == 0 for s in w.stride()]
+    return aligned[0] and ((w.stride(2) == 1 and aligned[1]) or (w.stride(1) == 1 and aligned[2]))
+
+
+def _plan(x, ids, weights, w13, w2, w3=None, *rest) -> Callable:
+    groups = x.dtype == torch.bfloat16 and all(_groups(w) for w in (w13, w2, w3) if w is not None)
+    if x.device.type == "cuda":
+        return grouped if groups and torch.cuda.get_device_capability(x.device) >= (8, 0) else by_expert
+    if not groups or x.device.type != "cpu":
+        return by_expert
+
+    def moe_experts(x, ids, weights, w13, *rest):
+        many = bfloat16_is_slow() and ids.numel() >= MANY_TOKENS * w13.shape[0]
+        return (by_expert if many else grouped)(x, ids, weights, w13, *rest)
+
+    return moe_experts
+
+
+KERNELS = (Kernel(op="moe_experts", backend="torch", plan=_plan, priority=1),)
