@@ -268,7 +268,9 @@ def module_path(node: Node) -> str:
     paths = [entry[0] for entry in stack.values()]
     if not paths:
         return ""
-    path = paths[-1].replace("L['self']", "").replace("L['fn']", "")
+    path = paths[-1]
+    for root in ("L['self']", "L['fn']", ".__self__"):
+        path = path.replace(root, "")
     for noise in ("._modules", "['", "']", "_modules"):
         path = path.replace(noise, "." if noise == "['" else "")
     return ".".join(filter(None, path.split(".")))
