@@ -9,7 +9,7 @@ tell absorb_mla and fuse_rms_norm whether what they leave alone is worth a line 
     router   top-k choices of a linear layer's outputs, with softmax, sigmoid or softplus scores above or below
     norm     reciprocal roots of a mean of squares
     rope     rotations by a table of cosines and sines
-    mlp      linear layers over silu(a) * b, a and b themselves projected
+    mlp      linear layers over silu(a) * b or gelu(a) * b, a and b themselves projected
 """
 
 from __future__ import annotations
@@ -366,12 +366,12 @@ def _is_gated_linear(node: Node) -> bool:
     if _name(x) != "mul" or not all(isinstance(a, Node) for a in x.args):
         return False
     # what a state space or an attention made, and a gate beside it, is no MLP
-    return any(map(_is_silu, x.args)) and all(map(_is_projected, x.args))
+    return any(map(_is_activated, x.args)) and all(map(_is_projected, x.args))
 
 
 def _is_projected(node: Node) -> bool:
     """True for what views, clamps and an activation make of a linear layer."""
-    pointwise = _VIEWS | {"silu", "sigmoid", "mul", "clamp", "clamp_max"}
+    pointwise = _VIEWS | {"silu", "gelu", "sigmoid", "mul", "clamp", "clamp_max"}
     return any(_is_linear(n) for n in _upstream(node, lambda n: _name(n) in pointwise))
 
 
@@ -380,10 +380,11 @@ def _is_linear(node: Node) -> bool:
     return _name(node) in _LINEARS and node.all_input_nodes[-1].meta["val"].ndim <= 2
 
 
-def _is_silu(node: Node) -> bool:
+def _is_activated(node: Node) -> bool:
+    """True for silu, by name or as x * sigmoid(x), and for gelu."""
     while _name(node) in ("to", "_to_copy"):
         node = node.args[0]
-    if _name(node) == "silu":
+    if _name(node) in ("silu", "gelu"):
         return True
     return _name(node) == "mul" and any(
         isinstance(a, Node) and _name(a) == "sigmoid" and a.args[0] in node.args for a in node.args

@@ -10,12 +10,13 @@ new_empty + copy_ into adjoining slices           -> cat, or clone where one cop
 x * x, square(x)                                  -> pow(x, 2)
 x * sigmoid(x)                                    -> silu(x)
 1 / sqrt(x), x ** -0.5, y / sqrt(x)               -> rsqrt
-x * 1, x / 1, x + 0                               -> x
+x * 1, x / 1, x + 0, clamp(x, -inf, inf)          -> x
 x @ w.T, mm, addmm, einsum with a 2-d weight      -> linear
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 
@@ -254,6 +255,11 @@ def _div(gm: GraphModule, node: Node) -> Node | None:
     return None
 
 
+def _clamp(gm: GraphModule, node: Node) -> Node | None:
+    free = (argument(node, "min") in (None, -math.inf)) and (argument(node, "max") in (None, math.inf))
+    return _same(gm, node) if free else None
+
+
 def _add(gm: GraphModule, node: Node) -> Node | None:
     return _same(gm, node) if not isinstance(node.args[1], Node) and node.args[1] == 0 else None
 
@@ -429,6 +435,7 @@ RULES: dict[Callable, tuple[Rule, ...]] = {
     aten.mul.Tensor: (_mul,),
     aten.div.Tensor: (_div,),
     aten.add.Tensor: (_add,),
+    aten.clamp.default: (_clamp,),
     aten.pow.Tensor_Scalar: (_pow,),
     aten.square.default: (_square,),
     aten.reciprocal.default: (_reciprocal,),

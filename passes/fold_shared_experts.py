@@ -55,15 +55,18 @@ def _shared(node: Node, total: Node) -> Node | None:
         return None
     for term in total.args:
         mlp = _unviewed(term)
-        if not is_op(mlp, gated_mlp.overload) or any(
-            a is not None for a in gated_mlp.bind(mlp.args, mlp.kwargs)[4:7]
-        ):
+        if not is_op(mlp, gated_mlp.overload) or not _is_plain(mlp):
             continue
         same = _unviewed(mlp.args[0]) is _unviewed(node.args[0]) and val(total).dtype == val(node).dtype
         alone = _unviewed(next(t for t in total.args if t is not term)) is node and len(mlp.users) == 1
         if same and alone and same_shape(shape(total), shape(term)):
             return mlp
     return None
+
+
+def _is_plain(mlp: Node) -> bool:
+    """True for an MLP without biases, with silu and no limit before it."""
+    return gated_mlp.bind(mlp.args, mlp.kwargs)[4:] == gated_mlp.bind(mlp.args[:4])[4:]
 
 
 def _unviewed(node: Node) -> Node:

@@ -130,6 +130,7 @@ def test_rotations(fn):
         lambda g, u: u * (g * torch.sigmoid(g)),
         lambda g, u: F.silu(g.float()).to(g.dtype) * u,
         lambda g, u: F.silu(g.clamp(max=2.0)) * u.clamp(-2.0, 2.0),
+        lambda g, u: F.gelu(g, approximate="tanh") * u,
     ],
 )
 def test_gated_mlps(hidden):

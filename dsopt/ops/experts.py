@@ -9,12 +9,11 @@ from torch.nn import functional as F
 
 from dsopt.numerics import rand
 from dsopt.op import Op
+from dsopt.ops import linear
 from dsopt.ops.linear import gated_mlp_reference
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    **linear.ACTIVATIONS,
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
     # of gpt-oss: x * sigmoid(1.702 x), whose partner is up + 1

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.nn import functional as F
 
 from dsopt.numerics import rand
 from dsopt.op import Op
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
 
 
 def multi_linear_reference(
@@ -30,13 +36,26 @@ def gated_mlp_reference(
     b_gate: torch.Tensor | None = None,
     b_up: torch.Tensor | None = None,
     b_down: torch.Tensor | None = None,
+    activation: str = "silu",
+    limit: float | None = None,
 ) -> torch.Tensor:
-    """(silu(x @ w_gate.T + b_gate) * (x @ w_up.T + b_up)) @ w_down.T + b_down.
+    """(act(x @ w_gate.T + b_gate) * (x @ w_up.T + b_up)) @ w_down.T + b_down.
 
     x (..., hidden); w_gate and w_up (intermediate, hidden); w_down (hidden_out, intermediate).
+    activation: silu, gelu or gelu_tanh. limit: gate = min(gate, limit) and -limit <= up <= limit before it.
     Source: Shazeer, arXiv 2002.05202 (SwiGLU).
     """
-    return F.linear(F.silu(F.linear(x, w_gate, b_gate)) * F.linear(x, w_up, b_up), w_down, b_down)
+    gate, up = F.linear(x, w_gate, b_gate), F.linear(x, w_up, b_up)
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return F.linear(ACTIVATIONS[activation](gate) * up, w_down, b_down)
+
+
+def refuse_variants(activation: str, limit: float | None) -> str | None:
+    """Why a kernel that computes silu without a limit refuses these arguments of gated_mlp, or None."""
+    if activation != "silu":
+        return f"computes silu, got activation {activation}"
+    return None if limit is None else f"has no limit before the activation, got {limit}"
 
 
 def _multi_linear_samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple]:
@@ -70,6 +89,10 @@ def _gated_mlp_samples(device: torch.device, dtype: torch.dtype) -> Iterator[tup
         yield (r(*shape), *w)
         yield (r(*shape), *w, r(inner), r(inner), r(out))
     yield (r(2, 48)[:, ::2], *(r(12, 24), r(12, 24), r(12, 24).T))
+    w = (r(24, 16), r(24, 16), r(16, 24) * 24**-0.5)
+    for activation in ACTIVATIONS:
+        yield (r(3, 16), *w, None, None, None, activation)
+    yield (r(3, 16), *w, r(24), r(24), None, "silu", 1.5)
 
 
 multi_linear = Op(
@@ -81,7 +104,7 @@ multi_linear = Op(
 gated_mlp = Op(
     name="gated_mlp",
     schema="(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, Tensor? b_gate=None, Tensor? b_up=None, "
-    "Tensor? b_down=None) -> Tensor",
+    "Tensor? b_down=None, str activation='silu', float? limit=None) -> Tensor",
     reference=gated_mlp_reference,
     samples=_gated_mlp_samples,
     family="mlp",

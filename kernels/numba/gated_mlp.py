@@ -9,6 +9,7 @@ from dsopt.kernels.numba.multi_linear import check_weight
 from dsopt.kernels.numba.runtime import DTYPES
 from dsopt.kernels.torch.gated_mlp import gated_mlp as many_tokens
 from dsopt.op import Kernel
+from dsopt.ops.linear import refuse_variants
 
 
 def gated_mlp(
@@ -19,6 +20,8 @@ def gated_mlp(
     b_gate: torch.Tensor | None = None,
     b_up: torch.Tensor | None = None,
     b_down: torch.Tensor | None = None,
+    activation: str = "silu",
+    limit: float | None = None,
 ) -> torch.Tensor:
     tokens = x.shape[:-1].numel()
     if tokens > FEW_TOKENS[x.dtype]:
@@ -30,7 +33,9 @@ def gated_mlp(
     return out.to(x.dtype).view(*x.shape[:-1], w_down.shape[0])
 
 
-def _check(x, w_gate, w_up, w_down, b_gate=None, b_up=None, b_down=None):
+def _check(x, w_gate, w_up, w_down, b_gate=None, b_up=None, b_down=None, activation="silu", limit=None):
+    if reason := refuse_variants(activation, limit):
+        return reason
     operands = {"w_gate": w_gate, "w_up": w_up, "w_down": w_down}
     operands |= {"b_gate": b_gate, "b_up": b_up, "b_down": b_down}
     reasons = (check_weight(name, w, x) for name, w in operands.items() if w is not None)

@@ -7,6 +7,7 @@ from torch.nn.functional import silu
 
 from dsopt.kernels.torch.gemm import linear
 from dsopt.op import Kernel
+from dsopt.ops.linear import ACTIVATIONS
 
 
 def gated_mlp(
@@ -17,9 +18,17 @@ def gated_mlp(
     b_gate: torch.Tensor | None = None,
     b_up: torch.Tensor | None = None,
     b_down: torch.Tensor | None = None,
+    activation: str = "silu",
+    limit: float | None = None,
 ) -> torch.Tensor:
-    hidden = silu(linear(x, w_gate, b_gate), inplace=True)
-    return linear(hidden.mul_(linear(x, w_up, b_up)), w_down, b_down)
+    gate = linear(x, w_gate, b_gate)
+    if limit is not None:
+        gate.clamp_(max=limit)
+    hidden = silu(gate, inplace=True) if activation == "silu" else ACTIVATIONS[activation](gate)
+    up = linear(x, w_up, b_up)
+    if limit is not None:
+        up.clamp_(-limit, limit)
+    return linear(hidden.mul_(up), w_down, b_down)
 
 
 KERNELS = (Kernel(op="gated_mlp", backend="torch", plan=lambda *_: gated_mlp, priority=1),)

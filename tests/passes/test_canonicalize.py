@@ -46,6 +46,8 @@ W, BIAS = torch.randn(5, 8), torch.randn(5)
         lambda x: 1.0 * x + 1,
         lambda x: x / 1 + 1,
         lambda x: x + 0 + 1,
+        lambda x: x.clamp(max=float("inf")) + 1,
+        lambda x: x.clamp(-float("inf"), float("inf")) + 1,
     ],
 )
 def test_what_does_nothing_is_gone(fn):

@@ -78,6 +78,15 @@ def biased(x):
     return routed(x) + mlp(x, x.new_ones(16))
 
 
+def limited(x):
+    hidden = F.silu(F.linear(x, GATE).clamp(max=0.1)) * F.linear(x, UP).clamp(-0.1, 0.1)
+    return routed(x) + F.linear(hidden, DOWN)
+
+
+def with_gelu(x):
+    return routed(x) + F.linear(F.gelu(F.linear(x, GATE)) * F.linear(x, UP), DOWN)
+
+
 def difference(x):
     return routed(x) - mlp(x)
 
@@ -93,6 +102,8 @@ NEAR_MISSES = [
     read_twice,
     mlp_read_twice,
     biased,
+    limited,
+    with_gelu,
     difference,
     scaled_sum,
 ]

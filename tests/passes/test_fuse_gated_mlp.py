@@ -64,7 +64,36 @@ def by_matmul(m, x):
     return add(hidden @ m.down.weight.mT, m.down.bias)
 
 
+def in_float32(m, x):
+    return m.down((F.silu(m.gate(x).float()) * m.up(x).float()).to(x.dtype))
+
+
+def gelu(m, x):
+    return m.down(F.gelu(m.gate(x)) * m.up(x))
+
+
+def gelu_tanh(m, x):
+    return m.down(m.up(x) * F.gelu(m.gate(x), approximate="tanh"))
+
+
+LIMIT = 0.25
+
+
+def limited(m, x):
+    return m.down(F.silu(m.gate(x).clamp(max=LIMIT)) * m.up(x).clamp(min=-LIMIT, max=LIMIT))
+
+
+def limited_by_name(m, x):
+    gate, up = m.merged(x).chunk(2, -1)
+    return m.down(F.silu(torch.clamp_max(gate, LIMIT)) * torch.clamp(up, -LIMIT, LIMIT))
+
+
+def not_limited(m, x):
+    return m.down(F.silu(m.gate(x)).clamp(max=float("inf")) * m.up(x).clamp(-float("inf"), float("inf")))
+
+
 SPELLINGS = [separate, up_first, sigmoid, sigmoid_first, merged_chunk, merged_slices, merged_split]
+SPELLINGS += [in_float32, gelu, gelu_tanh, limited, limited_by_name, not_limited]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -149,9 +178,31 @@ def from_different_merged(m, x):
     return m.down(F.silu(m.merged(x)[..., :24]) * m.merged(x + 1)[..., 24:])
 
 
-@pytest.mark.parametrize(
-    "formula", [different_inputs, not_linear, from_different_merged], ids=lambda f: f.__name__
-)
+def limited_on_one_side(m, x):
+    return m.down(F.silu(m.gate(x).clamp(max=LIMIT)) * m.up(x).clamp(max=LIMIT))
+
+
+def limited_from_both_sides(m, x):
+    return m.down(F.silu(m.gate(x).clamp(-LIMIT, LIMIT)) * m.up(x).clamp(-LIMIT, LIMIT))
+
+
+def limited_unequally(m, x):
+    return m.down(F.silu(m.gate(x).clamp(max=LIMIT)) * m.up(x).clamp(-2 * LIMIT, 2 * LIMIT))
+
+
+def gate_alone_limited(m, x):
+    return m.down(F.silu(m.gate(x).clamp(max=LIMIT)) * m.up(x))
+
+
+def rounded_in_between(m, x):
+    return m.down((F.silu(m.gate(x)).bfloat16() * m.up(x)).to(x.dtype))
+
+
+NEAR_MISSES = [different_inputs, not_linear, from_different_merged, limited_on_one_side, rounded_in_between]
+NEAR_MISSES += [limited_from_both_sides, limited_unequally, gate_alone_limited]
+
+
+@pytest.mark.parametrize("formula", NEAR_MISSES, ids=lambda f: f.__name__)
 def test_near_misses(formula):
     model, x = MLP(formula), torch.randn(2, 3, 16)
     result = rewritten(model, x, passes=PASSES)
@@ -160,15 +211,15 @@ def test_near_misses(formula):
     assert relative_l2(result.run(x), model(x)) < 1e-6
 
 
-def gelu(m, x):
-    return m.down(F.gelu(m.gate(x)) * m.up(x))
+def relu(m, x):
+    return m.down(F.relu(m.gate(x)) * m.up(x))
 
 
 def no_gate(m, x):
     return m.down(F.silu(m.gate(x)))
 
 
-@pytest.mark.parametrize("formula", [gelu, no_gate], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("formula", [relu, no_gate], ids=lambda f: f.__name__)
 def test_other_mlps_stay(formula):
     model, x = MLP(formula), torch.randn(2, 3, 16)
     result = rewritten(model, x, passes=PASSES)

@@ -16,14 +16,27 @@ def _plan_norm(x, weight, eps):
 
 
 def _plan_mlp(*args):
-    def gated_mlp(x, w_gate, w_up, w_down, b_gate, b_up, b_down):
+    def gated_mlp(x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation, limit):
         h = F.silu(F.linear(x, w_gate, b_gate)) * F.linear(x, w_up, b_up)
         return F.linear(h, w_down, b_down).contiguous()
 
     return gated_mlp
 
 
+def _check_mlp(*args):
+    activation, limit = args[7:]
+    return None if (activation, limit) == ("silu", None) else "computes silu without a limit"
+
+
 KERNELS = (
     Kernel("rms_norm", "acme", _plan_norm, device="cpu", priority=1000),
-    Kernel("gated_mlp", "acme", _plan_mlp, device="cpu", dtypes=frozenset({torch.float32}), priority=-1),
+    Kernel(
+        "gated_mlp",
+        "acme",
+        _plan_mlp,
+        _check_mlp,
+        device="cpu",
+        dtypes=frozenset({torch.float32}),
+        priority=-1,
+    ),
 )
