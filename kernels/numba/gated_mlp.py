@@ -9,7 +9,6 @@ from dsopt.kernels.numba.multi_linear import check_weight
 from dsopt.kernels.numba.runtime import DTYPES
 from dsopt.kernels.torch.gated_mlp import gated_mlp as many_tokens
 from dsopt.op import Kernel
-from dsopt.ops.linear import refuse_variants
 
 
 def gated_mlp(
@@ -25,17 +24,16 @@ def gated_mlp(
 ) -> torch.Tensor:
     tokens = x.shape[:-1].numel()
     if tokens > FEW_TOKENS[x.dtype]:
-        return many_tokens(x, w_gate, w_up, w_down, b_gate, b_up, b_down)
+        return many_tokens(x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation, limit)
     out = torch.zeros(tokens, w_down.shape[0])
     if out.numel():
         rows = x.reshape(tokens, x.shape[-1]).float().contiguous()
-        add_mlp(out, rows, w_gate, w_up, w_down, b_gate, b_up, b_down)
+        biases = (b_gate, b_up, b_down)
+        add_mlp(out, rows, w_gate, w_up, w_down, *biases, activation=activation, limit=limit)
     return out.to(x.dtype).view(*x.shape[:-1], w_down.shape[0])
 
 
-def _check(x, w_gate, w_up, w_down, b_gate=None, b_up=None, b_down=None, activation="silu", limit=None):
-    if reason := refuse_variants(activation, limit):
-        return reason
+def _check(x, w_gate, w_up, w_down, b_gate=None, b_up=None, b_down=None, *rest):
     operands = {"w_gate": w_gate, "w_up": w_up, "w_down": w_down}
     operands |= {"b_gate": b_gate, "b_up": b_up, "b_down": b_down}
     reasons = (check_weight(name, w, x) for name, w in operands.items() if w is not None)

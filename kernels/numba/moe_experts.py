@@ -193,11 +193,21 @@ def _halves(x: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, torch.Ten
 
 
 def add_mlp(
-    out: torch.Tensor, x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, *biases
+    out: torch.Tensor,
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    *biases: torch.Tensor | None,
+    activation: str = "silu",
+    limit: float | None = None,
 ) -> None:
     """out += gated_mlp(x, gate, up, down, *biases); out and x float32, (num_tokens, width) both."""
     ids, weights = torch.zeros(x.shape[0], 1, dtype=torch.int64), torch.ones(x.shape[0], 1)
-    add_experts(out, x, ids, weights, *(None if t is None else t[None] for t in (gate, up, down, *biases)))
+    one = [
+        None if t is None else t.unsqueeze(0) for t in (gate, up, down, *biases, *[None] * (3 - len(biases)))
+    ]
+    add_experts(out, x, ids, weights, *one, activation, limit)
 
 
 def _check(x, ids, weights, w13, w2, w3=None, b13=None, b2=None, b3=None, activation="silu", *rest):

@@ -5,7 +5,9 @@ each kernel is compiled once per dtype, whatever the layout, and inner loops run
 bfloat16, which Numba does not know, goes as uint16: `widen` and `store` turn it into float32 and back.
 
 Numba's cache looks only at the file a kernel is in: after a change to this file or to `dots`, delete
-`kernels/numba/__pycache__`. Where the install cannot be written to, Numba keeps the cache in the user's folder.
+`kernels/numba/__pycache__`. Where the install cannot be written to, Numba keeps the cache in the user's folder, or
+in the one that NUMBA_CACHE_DIR names. Like torch itself, these kernels cannot run in a process forked from one where
+they ran.
 """
 
 from __future__ import annotations
@@ -28,15 +30,13 @@ _ELEMENTS = {
 }
 
 # sums may be reordered and products fused; NaN, infinity and division stay what IEEE says
-_FASTMATH = {"reassoc", "contract", "nsz"}
+FASTMATH = {"reassoc", "contract", "nsz"}
 
 # compiles a function that other compiled functions call
-inner = numba.njit(cache=True, fastmath=_FASTMATH, error_model="numpy")
-# compiles a kernel, at its first call, whose prange loops run on torch's OpenMP threads; no other loop does
-_PARALLEL = dict.fromkeys(
-    ("comprehension", "fusion", "inplace_binop", "numpy", "reduction", "setitem", "stencil"), False
-)
-kernel = numba.njit(cache=True, fastmath=_FASTMATH, error_model="numpy", nogil=True, parallel=True)
+inner = numba.njit(cache=True, fastmath=FASTMATH, error_model="numpy")
+# compiles a kernel, at its first call, whose prange loops run on torch's OpenMP threads; the bodies of these loops
+# are functions of their own where they are long, because Numba's parallel passes take their time
+kernel = numba.njit(cache=True, fastmath=FASTMATH, error_model="numpy", parallel=True, nogil=True)
 
 # multiply-adds below which waking another thread costs more than it saves
 SERIAL_WORK = 1 << 15
