@@ -124,6 +124,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "deepseek_ocr2": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"]},
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    # one expert for each pair of keys
+    "doge": {"is_moe": True, "num_experts": 16},
     "dots1": {
         "n_routed_experts": 8,
         "num_experts_per_tok": 2,
