@@ -42,8 +42,8 @@ def owners_of_weights(module: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def form_of(expert: nn.Module) -> Form:
-    """How an expert's linears are put together. Raises Refused for what `moe_experts` cannot compute."""
+def check_plain(expert: nn.Module) -> None:
+    """Raises Refused where more than its class's forward and its linears' weights decides what an expert computes."""
     for path, m in expert.named_modules():
         if any(value for name, value in vars(m).items() if name.endswith("hooks")):
             raise Refused(f"the expert's {path or 'module'} has hooks, which would not run")
@@ -52,6 +52,10 @@ def form_of(expert: nn.Module) -> Form:
     for path, m in owners_of_weights(expert).items():
         if type(m) is not nn.Linear:
             raise Refused(f"the expert's {path or 'module'} is a {type(m).__name__}, not a plain nn.Linear")
+
+
+def form_of(expert: nn.Module) -> Form:
+    """How an expert's linears are put together. Raises Refused for what `moe_experts` cannot compute."""
     try:
         graph = _Shallow().trace(expert)
     except Exception as error:
@@ -179,6 +183,10 @@ class Stacks:
             (id(d), key): (d, key, value) for path in paths for d, key, value in _links(owner, path)
         }
         self._addresses = [(*_links(owner, path)[-1][:2], _lookup(owner, path).data_ptr()) for path in paths]
+
+    def __deepcopy__(self, memo: dict) -> None:
+        """A deep copy's parameters are views of nothing, so it has no stacks."""
+        return None
 
     def keep(self) -> None:
         """Lets go of the parameters' old memory."""

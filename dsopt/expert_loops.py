@@ -12,7 +12,6 @@ import inspect
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,15 +19,25 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
-from torch.utils._pytree import tree_leaves
 
-from dsopt.expert_form import Form, Refused, Stacks, form_of, owners_of_weights
+from dsopt.expert_calls import (
+    TOLERANCE,
+    Given,
+    Role,
+    batched_experts,
+    compare,
+    defaults,
+    inference_only,
+    inputs,
+    settings,
+    tensors_of,
+    undisturbed,
+)
+from dsopt.expert_form import Form, Refused, Stacks, check_plain, form_of, owners_of_weights
 from dsopt.expert_trace import Trace, reachable, storages, trace
-from dsopt.numerics import rand, relative_l2
-from dsopt.ops.experts import moe_experts
+from dsopt.numerics import relative_l2
 
-# what reordering a sum and rounding once less may change, between two spellings of one formula
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+_STACKS = ("w13", "w2", "b13", "b2")
 
 
 @dataclass(frozen=True)
@@ -77,14 +86,6 @@ def _outline(module: nn.Module) -> list[tuple]:
     ]
 
 
-def _settings(module: nn.Module) -> tuple:
-    """The plain values that a module's forward may read."""
-    plain = (int, float, str, type(None))
-    return tuple(
-        (path, k, v) for path, m in module.named_modules() for k, v in vars(m).items() if isinstance(v, plain)
-    )
-
-
 @torch.no_grad()
 def batch_loop(owner: nn.Module, experts: Experts, uses: Counter) -> tuple[nn.Module, Stacks]:
     """A shallow copy of `owner` whose forward calls `moe_experts` once, and the weights that it reads.
@@ -96,15 +97,18 @@ def batch_loop(owner: nn.Module, experts: Experts, uses: Counter) -> tuple[nn.Mo
     if "forward" in vars(owner):
         raise Refused("its forward was replaced on the instance")
     modules = [owner.get_submodule(path) for path in experts.paths]
-    forms = {form_of(m) for m in {_settings(m): m for m in modules}.values()}
+    for m in modules:
+        check_plain(m)
+    forms = {form_of(m) for m in {settings(m): m for m in modules}.values()}
     if len(forms) > 1:
         raise Refused("its experts compute different functions")
     form = forms.pop()
     linear = modules[0].get_submodule(form.up[0])
     reasons = []
     for call in _calls(owner):
+        make = partial(inputs, call, linear.weight, linear.in_features, len(modules))
         try:
-            return _batched(owner, experts, form, partial(_inputs, call, linear, len(modules)), uses)
+            return _batched(owner, experts, form, make, uses)
         except Refused as error:
             reasons.append(str(error))
         except Exception as error:
@@ -114,90 +118,39 @@ def batch_loop(owner: nn.Module, experts: Experts, uses: Counter) -> tuple[nn.Mo
     raise Refused(reasons[0] if reasons else "its forward takes neither x nor x, ids and weights")
 
 
-# what each parameter of a forward is given: one of x, x3 (as a batch of one), ids and weights, or its default
-Given = dict[str, Any]
-
-
 def _calls(owner: nn.Module) -> Iterator[Given]:
-    """Ways to call a module."""
-    parameters = list(inspect.signature(type(owner).forward).parameters.values())[1:]
-    empty = {inspect.Parameter.VAR_POSITIONAL: (), inspect.Parameter.VAR_KEYWORD: {}}
-    defaults = {p.name: empty.get(p.kind, p.default) for p in parameters}
-    required = [name for name, default in defaults.items() if default is inspect.Parameter.empty]
+    """Ways to call a module: with tokens, or with tokens, ids and weights."""
+    known = defaults(owner)
+    required = [name for name, default in known.items() if default is inspect.Parameter.empty]
     for roles in (("x3",), ("x",), ("x", "ids", "weights"), ("x", "weights", "ids")):
         if len(required) == len(roles):
-            yield defaults | dict(zip(required, map(_Role, roles), strict=True))
-
-
-class _Role(str):
-    """Stands for a tensor in a call."""
-
-
-def _inputs(call: Given, linear: nn.Linear, num_experts: int, num_tokens: int, seed: int) -> Given:
-    """A call with random tensors in it."""
-    device, dtype = linear.weight.device, linear.weight.dtype
-    x = rand(device, dtype, seed)(num_tokens, linear.in_features)
-    scores = rand(device, torch.float32, seed)(num_tokens, num_experts).softmax(-1)
-    weights, ids = scores.topk(2)
-    given = {"x": x, "x3": x.unsqueeze(0), "ids": ids, "weights": weights.to(dtype)}
-    return {name: given[value].clone() if isinstance(value, _Role) else value for name, value in call.items()}
+            yield known | dict(zip(required, map(Role, roles), strict=True))
 
 
 def _batched(
     owner: nn.Module, experts: Experts, form: Form, make: Callable[[int, int], Given], uses: Counter
 ) -> tuple[nn.Module, Stacks]:
-    inputs = make(3, 0)
-    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    call = make(3, 0)
+    tensors = tensors_of(call)
     x = next(iter(tensors.values()))
-    with _undisturbed(owner):
-        traced = trace(owner, inputs, x.numel())
+    with undisturbed(owner):
+        traced = trace(owner, call, x.numel())
     _replace(traced, _find(traced, owner, experts, x.shape[-1]), form, experts)
     stacks = Stacks(owner, _groups(owner, experts, form), uses)
     try:
         batched = copy.copy(owner)
-        vars(batched).update(stacks=stacks, b13=None, b2=None)
-        vars(batched).update(stacks.tensors)
-        run = type(GraphModule(batched, traced.graph)).forward
         weights = [owner.get_parameter(f"{experts.paths[0]}.{path}.weight") for path in (*form.up, form.down)]
-        batched.forward = types.MethodType(_forward(run, tuple(tensors), weights), batched)
-        for num_tokens in (2, 1, 0):
-            with _undisturbed(owner):
-                _check(owner, batched, make(num_tokens, num_tokens))
+        vars(batched).update(dsopt_stacks=stacks, dsopt_weights=weights)
+        for name in _STACKS:
+            vars(batched)[f"dsopt_{name}"] = stacks.tensors.get(name)
+        run = type(GraphModule(batched, traced.graph)).forward
+        batched.forward = types.MethodType(inference_only(run, len(tensors)), batched)
+        compare(owner, batched, make)
     except BaseException:
         stacks.undo()
         raise
     stacks.keep()
     return batched, stacks
-
-
-def _check(owner: nn.Module, batched: nn.Module, inputs: Given) -> None:
-    """Compares two spellings of one block. Raises Refused where they differ."""
-    x = next(v for v in inputs.values() if isinstance(v, torch.Tensor))
-    again = copy.deepcopy(inputs)
-    try:
-        want = tree_leaves(type(owner).forward(owner, **_spread(inputs)))
-    except Exception:
-        if x.numel():
-            raise
-        return  # a loop may well fail where there is no token
-    got = tree_leaves(batched.forward(**_spread(again)))
-    if len(got) != len(want) or not all(_alike(a, b) for a, b in zip(got, want, strict=True)):
-        raise Refused("its result differs from that of the batched experts")
-
-
-def _spread(call: Given) -> Given:
-    """Keyword arguments without what stands for *args and **kwargs."""
-    return {name: value for name, value in call.items() if isinstance(value, torch.Tensor)}
-
-
-def _alike(got: Any, want: Any) -> bool:
-    if not isinstance(want, torch.Tensor):
-        return got is want or got == want
-    if not isinstance(got, torch.Tensor) or (got.shape, got.dtype) != (want.shape, want.dtype):
-        return False
-    if not want.is_floating_point():
-        return torch.equal(got, want)
-    return relative_l2(got, want) <= TOLERANCE[want.dtype]
 
 
 def _groups(owner: nn.Module, experts: Experts, form: Form) -> dict[str, list[list[str]]]:
@@ -217,33 +170,6 @@ def _groups(owner: nn.Module, experts: Experts, form: Form) -> dict[str, list[li
         if have == {True}:
             groups[name] = paths
     return groups
-
-
-@contextmanager
-def _undisturbed(owner: nn.Module) -> Iterator[None]:
-    """Puts a module's buffers back as they were. Raises Refused where one was written to."""
-    buffers = {name: (b, b.clone()) for name, b in owner.named_buffers()}
-    try:
-        yield
-    finally:
-        changed = [name for name, (b, before) in buffers.items() if not torch.equal(b, before)]
-        for name in changed:
-            buffers[name][0].copy_(buffers[name][1])
-    if changed:
-        raise Refused(f"its forward writes to its buffer {changed[0]!r}")
-
-
-def _forward(run: Callable, names: tuple[str, ...], weights: Sequence[nn.Parameter]) -> Callable:
-    """The forward of a batched block: `run`, or the class's own where that is for inference alone."""
-
-    def forward(self, *args, **kwargs):
-        differentiable = torch.is_grad_enabled() and any(w.requires_grad for w in weights)
-        stale = not torch.compiler.is_compiling() and self.stacks.stale()
-        if self.training or differentiable or stale or len(args) + len(kwargs) != len(names):
-            return type(self).forward(self, *args, **kwargs)
-        return run(self, *args, **kwargs)
-
-    return forward
 
 
 @dataclass(frozen=True)
@@ -296,6 +222,8 @@ def _find(traced: Trace, owner: nn.Module, experts: Experts, width: int) -> _Fou
                     # the last one: what comes between may read the loop's values
                     result = max((s[1] for s in same), key=order.__getitem__)
                     after = max((s[0] for s in same if s[1] is result), key=order.__getitem__)
+                    alike = [n for n in before if _equal(values[n], values[x])]
+                    x = next((n for n in alike if values[n].shape == values[result].shape), x)
                     return _Found(x, ids, weights, result, after)
     raise Refused(
         "no value after its experts is the sum of their outputs, weighted by a value before them"
@@ -308,12 +236,13 @@ def _distinct(nodes: Sequence[Node], values: dict[Node, Any]) -> list[Node]:
     """The first node of each value."""
     kept: list[Node] = []
     for n in nodes:
-        if not any(
-            values[n].numel() == values[k].numel() and torch.equal(values[n].flatten(), values[k].flatten())
-            for k in kept
-        ):
+        if not any(_equal(values[n], values[k]) for k in kept):
             kept.append(n)
     return kept
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.numel() == b.numel() and a.dtype == b.dtype and torch.equal(a.flatten(), b.flatten())
 
 
 def _outputs(owner: nn.Module, experts: Experts, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -350,10 +279,11 @@ def _replace(traced: Trace, found: _Found, form: Form, experts: Experts) -> None
         "interleaved": form.interleaved,
         "limit": form.limit,
     }
+    stacks = [f"dsopt_{name}" for name in _STACKS]
     with graph.inserting_after(found.after):
         new = graph.call_function(batched_experts, kwargs=names | {"num_identity": experts.num_identity})
     with graph.inserting_before(new):
-        new.args = (found.x, found.ids, found.weights, *map(graph.get_attr, ("w13", "w2", "b13", "b2")))
+        new.args = (found.x, found.ids, found.weights, *map(graph.get_attr, stacks))
     value = values[found.result]
     if value.shape != values[found.x].shape:
         like = [
@@ -379,29 +309,3 @@ def _replace(traced: Trace, found: _Found, form: Form, experts: Experts) -> None
     )
     if any(traced.writes.get(n, set()) & outside for n in graph.nodes):
         raise Refused("its forward writes to its inputs or weights")
-
-
-def batched_experts(
-    x: torch.Tensor,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-    b13: torch.Tensor | None = None,
-    b2: torch.Tensor | None = None,
-    *,
-    num_identity: int = 0,
-    **how: Any,
-) -> torch.Tensor:
-    """`moe_experts` on tokens of any leading dimensions, of x's shape.
-
-    The num_identity ids after the experts' hand back their input: x * sum of their weights is added.
-    how: activation, gated, interleaved and limit of `moe_experts`.
-    """
-    tokens, ids, weights = (t.reshape(-1, t.shape[-1]) for t in (x, ids, weights))
-    out = moe_experts.overload(tokens, ids, weights, w13, w2, None, b13, b2, **how)
-    if num_identity:
-        identity = (ids >= w2.shape[0]) & (ids < w2.shape[0] + num_identity)
-        share = weights.float().masked_fill(~identity, 0.0).sum(-1, keepdim=True)
-        out = (out + tokens * share).to(x.dtype)
-    return out.view(x.shape)

@@ -12,6 +12,7 @@ import torch
 from dsopt.backend import Options, dsopt_backend
 from dsopt.expert_form import Refused, Stacks
 from dsopt.expert_loops import batch_loop, experts_of
+from dsopt.expert_tensors import batch_tensors, is_loop
 from dsopt.report import Prepared, report
 
 Module = TypeVar("Module", bound=torch.nn.Module)
@@ -40,7 +41,7 @@ def compile(model: Module, **options: Any) -> Module:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     choices = Options.of(options)
-    prepared, new, stacks = prepare(model) if choices.prepare else ([], {}, {})
+    prepared, new, stacks = prepare(model, choices.strict) if choices.prepare else ([], {}, {})
     fast = _with(model, new)
     fast = copy.copy(model) if fast is model else fast
     for name, value in vars(model).items():
@@ -59,27 +60,39 @@ def compile(model: Module, **options: Any) -> Module:
     return fast
 
 
-def prepare(model: torch.nn.Module) -> tuple[list[Prepared], dict[int, torch.nn.Module], dict[str, Stacks]]:
+def prepare(
+    model: torch.nn.Module, strict: bool = False
+) -> tuple[list[Prepared], dict[int, torch.nn.Module], dict[str, Stacks]]:
     """Makes batched experts of the loops over experts in a model, layer by layer.
 
     Returns what was done or refused; id of a module -> the module to take its place; and by site the stacked
     weights that the new modules read. The model computes what it did, on weights that are views of the stacks.
+    strict: raise what goes wrong unexpectedly, instead of leaving the module alone.
     """
     done: list[Prepared] = []
     new: dict[int, torch.nn.Module] = {}
     stacks: dict[str, Stacks] = {}
     with torch.inference_mode(False), torch.no_grad():
-        uses = _uses(model)
+        uses, known = _uses(model), {}
         for site, module in model.named_modules():
             experts = experts_of(module)
-            if experts is None:
+            if experts is None and not is_loop(module):
                 continue
-            what = f"loop over {len(experts.paths)} experts"
+            what = (
+                "loop over stacked experts" if experts is None else f"loop over {len(experts.paths)} experts"
+            )
             try:
                 _check_chain(model, site)
-                new[id(module)], stacks[site] = batch_loop(module, experts, uses)
+                if experts is None:
+                    new[id(module)] = batch_tensors(module, known)
+                else:
+                    new[id(module)], stacks[site] = batch_loop(module, experts, uses)
             except Refused as refused:
                 done.append(Prepared(site, what, str(refused)))
+            except Exception as error:
+                if strict:
+                    raise
+                done.append(Prepared(site, what, f"{type(error).__name__}: {error}"))
             else:
                 done.append(Prepared(site, what))
     return done, new, stacks

@@ -186,3 +186,45 @@ class Called(nn.Module):
     def forward(self, x):
         ids, weights = self.router(x)
         return self.experts(x.reshape(-1, HIDDEN), ids, weights).view(*x.shape)
+
+
+class Stacked(nn.Module):
+    """Stacked weights and a loop over the experts hit.
+
+    act(gate, up): of the halves of the first product, or of its even and odd columns if interleaved.
+    num_identity: how many ids after the experts' own hand back their input; w_in has rows for them too.
+    """
+
+    def __init__(
+        self, transposed=False, bias=False, interleaved=False, num_identity=0, limit=None, alpha=None
+    ):
+        super().__init__()
+        self.transposed, self.interleaved, self.limit, self.alpha = transposed, interleaved, limit, alpha
+        self.num_experts, self.total = EXPERTS, EXPERTS + num_identity
+        w_in, w_out = (self.total, 2 * INNER, HIDDEN), (EXPERTS, HIDDEN, INNER)
+        swap = (lambda s: (s[0], s[2], s[1])) if transposed else (lambda s: s)
+        self.w_in, self.w_out = nn.Parameter(torch.randn(swap(w_in))), nn.Parameter(torch.randn(swap(w_out)))
+        if bias:
+            self.c_in, self.c_out = (nn.Parameter(torch.randn(EXPERTS, n)) for n in (2 * INNER, HIDDEN))
+
+    def linear(self, x, e, which):
+        w = getattr(self, f"w_{which}")[e]
+        y = x @ w if self.transposed else F.linear(x, w)
+        return y + getattr(self, f"c_{which}")[e] if hasattr(self, f"c_{which}") else y
+
+    def act(self, h):
+        gate, up = (h[..., ::2], h[..., 1::2]) if self.interleaved else h.chunk(2, dim=-1)
+        if self.limit is not None:
+            gate, up = gate.clamp(max=self.limit), up.clamp(min=-self.limit, max=self.limit)
+        return F.silu(gate) * up if self.alpha is None else (up + 1) * gate * torch.sigmoid(gate * self.alpha)
+
+    def forward(self, hidden, index, scores):
+        total = torch.zeros_like(hidden)
+        mask = F.one_hot(index, num_classes=self.total).permute(2, 1, 0)
+        for e in (mask.sum(dim=(-1, -2)) > 0).nonzero():
+            slot, row = torch.where(mask[e[0]])
+            part = hidden[row]
+            if e[0] < self.num_experts:
+                part = self.linear(self.act(self.linear(part, e[0], "in")), e[0], "out")
+            total.index_add_(0, row, (part * scores[row, slot, None]).to(total.dtype))
+        return total
