@@ -119,9 +119,12 @@ def _shared(
 
 
 def _groups(w: torch.Tensor) -> bool:
-    """Whether `torch._grouped_mm` reads a weight where it lies: neighbours in one dimension, 16 bytes in the others."""
-    aligned = [s * w.element_size() % 16 == 0 for s in w.stride()]
-    return aligned[0] and ((w.stride(2) == 1 and aligned[1]) or (w.stride(1) == 1 and aligned[2]))
+    """Whether `torch._grouped_mm` reads a weight where it lies: neighbours in one dimension, 16 bytes in the others.
+
+    The rows it is multiplied with, of its width, are read under the same rule.
+    """
+    *aligned, rows = [n * w.element_size() % 16 == 0 for n in (*w.stride(), w.shape[2])]
+    return rows and aligned[0] and ((w.stride(2) == 1 and aligned[1]) or (w.stride(1) == 1 and aligned[2]))
 
 
 def _plan(x, ids, weights, w13, w2, w3=None, *rest) -> Callable:
