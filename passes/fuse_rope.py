@@ -8,6 +8,7 @@ complex       view_as_real(view_as_complex(x) * table)
 
 from __future__ import annotations
 
+import torch
 from torch.fx import GraphModule, Node
 
 from dsopt.capture import known
@@ -207,13 +208,14 @@ def _emit(
         # widened before and narrowed after, as the op does itself
         x = x.args[0] if last_cast(node, narrow) is not node else x
     root, width = last_cast(node, val(x).dtype), shape(cos)[-1]
+    dtype = val(root).dtype
     sources = [n for n in found["inner"] if is_op(n, aten.to.dtype) and n.args[0] is x]
     if other_reader(root, [*found["inner"], node], sources):
         log.miss(node, "part of the rotation is read by another node")
-    elif val(root).dtype != val(x).dtype:
-        log.miss(node, f"the result is {val(root).dtype} but the input is {val(x).dtype}")
-    elif not keeps(found, val(x).dtype):
-        log.miss(node, f"a cast rounds to less than the input's {val(x).dtype} in between")
+    elif torch.promote_types(val(x).dtype, dtype) != dtype:
+        log.miss(node, f"the result is {dtype} but the input is {val(x).dtype}")
+    elif not keeps(found, dtype):
+        log.miss(node, f"a cast rounds to less than the result's {dtype} in between")
     elif not same_shape(shape(root), shape(x)):
         log.miss(node, "the table broadcasts the input to another shape")
     elif not same_shape(shape(cos)[-1:], shape(sin)[-1:]) or width not in (shape(x)[-1], shape(x)[-1] // 2):
@@ -222,4 +224,7 @@ def _emit(
         log.miss(node, reason)
     else:
         log.hit("rope", root)
-        replace(root, Emitter(gm, root)(rope.overload, x, cos, sin, *layout, like=val(root)))
+        emit = Emitter(gm, root)
+        # tables of a wider dtype widen the result
+        x = x if val(x).dtype == dtype else emit(aten.to.dtype, x, dtype)
+        replace(root, emit(rope.overload, x, cos, sin, *layout, like=val(root)))

@@ -158,6 +158,18 @@ def test_tables_in_float32(dtype):
     assert relative_l2(result.run(x, cos, sin), half_split_in_float32(x, cos, sin)) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize(
+    "formula", [half_split, interleaved_to_halves, interleaved], ids=lambda f: f.__name__
+)
+def test_tables_that_widen_the_result(formula):
+    width = DIM // 2 if formula is interleaved_to_halves else DIM
+    args = heads(torch.bfloat16), *tables(width)
+    result = rewritten(formula, *args, passes=PASSES)
+    assert result.log("fuse_rope").families == {"rope": 1}
+    assert formula(*args).dtype == result.run(*args).dtype == torch.float32
+    assert relative_l2(result.run(*args), formula(*args)) < 1e-6
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_complex(dtype):
     def rotate(x, table):
