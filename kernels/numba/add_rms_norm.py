@@ -8,13 +8,13 @@ from numba import prange
 
 from dsopt.capture import known
 from dsopt.kernels.numba.rms_norm import check_norm, flat_weight, rows_of
-from dsopt.kernels.numba.runtime import DTYPES, flat, kernel, run, store, widen
+from dsopt.kernels.numba.runtime import DTYPES, flat, inner, kernel, run_rows, store, widen
 from dsopt.op import Kernel
 
 
-@kernel
-def _add_rms_norm(x, x_stride, residual, residual_stride, weight, out, total, rows, hidden, eps):
-    for r in prange(rows):
+@inner
+def _some(begin, end, x, x_stride, residual, residual_stride, weight, out, total, hidden, eps):
+    for r in range(begin, end):
         a = x[r * x_stride : r * x_stride + hidden]
         b = residual[r * residual_stride : r * residual_stride + hidden]
         to = out[r * hidden : (r + 1) * hidden]
@@ -33,6 +33,12 @@ def _add_rms_norm(x, x_stride, residual, residual_stride, weight, out, total, ro
                 store(to, j, widen(both[j]) * scale)
 
 
+@kernel
+def _all(rows, x, x_stride, residual, residual_stride, weight, out, total, hidden, eps):
+    for r in prange(rows):
+        _some(r, r + 1, x, x_stride, residual, residual_stride, weight, out, total, hidden, eps)
+
+
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,7 +46,7 @@ def add_rms_norm(
     if out.numel():
         a, b = rows_of(x), rows_of(residual)
         inputs = (flat(a), a.stride(0), flat(b), b.stride(0), flat_weight(weight, x.dtype))
-        run(5 * x.numel(), _add_rms_norm, *inputs, flat(out), flat(total), *a.shape, eps)
+        run_rows(5 * x.numel(), _some, _all, a.shape[0], *inputs, flat(out), flat(total), a.shape[1], eps)
     return out, total
 
 

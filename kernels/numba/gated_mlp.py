@@ -1,12 +1,11 @@
-"""Gated MLP: for few tokens the kernel of `moe_experts` with one expert, for many ATen's GEMMs."""
+"""Gated MLP in bfloat16: for few tokens the kernel of `moe_experts` with one expert, for many ATen's GEMMs."""
 
 from __future__ import annotations
 
 import torch
 
-from dsopt.kernels.numba.moe_experts import FEW_TOKENS, add_mlp
-from dsopt.kernels.numba.multi_linear import check_weight
-from dsopt.kernels.numba.runtime import DTYPES
+from dsopt.kernels.numba.moe_experts import add_mlp
+from dsopt.kernels.numba.multi_linear import DTYPES, FEW_TOKENS, check_weight
 from dsopt.kernels.torch.gated_mlp import gated_mlp as many_tokens
 from dsopt.op import Kernel
 
@@ -23,7 +22,7 @@ def gated_mlp(
     limit: float | None = None,
 ) -> torch.Tensor:
     tokens = x.shape[:-1].numel()
-    if tokens > FEW_TOKENS[x.dtype]:
+    if tokens > FEW_TOKENS:
         return many_tokens(x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation, limit)
     out = torch.zeros(tokens, w_down.shape[0])
     if out.numel():

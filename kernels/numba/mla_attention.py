@@ -1,4 +1,4 @@
-"""Latent attention: absorbed by Numba for few new tokens, expanded through ATen for many.
+"""Latent attention: absorbed by Numba for few queries, through ATen for many.
 
 Absorbed, a query of each head meets the latent cache as it is:
 
@@ -23,15 +23,16 @@ from dsopt.kernels.numba.dots import ROWS, U2, U3, rows_dot
 from dsopt.kernels.numba.multi_linear import check_weight
 from dsopt.kernels.numba.runtime import DTYPES, flat, inner, kernel, nothing, run, store, unit_stride, widen
 from dsopt.kernels.torch.gemm import bfloat16_is_slow
-from dsopt.kernels.torch.mla_attention import expanded
+from dsopt.kernels.torch.mla_attention import mla_attention as aten
+from dsopt.kernels.torch.mla_attention import visible_length
 from dsopt.op import Kernel
 
 _CHUNK = 64
 _SPLIT = 256
 _GROUP = 16  # rows that share a widened chunk
 
-# The rate of ATen's expanded form beside this kernel's own; see `prefers_expanded`.
-EXPANDED_RATE = 1.5
+# heads times new tokens up to which this kernel is faster than widening the cache for ATen's GEMMs
+FEW_ROWS = 32
 
 _NDIMS = {"q_nope": 4, "q_rope": 4, "latent": 3, "k_rope": 3, "w_uk": 3, "w_uv": 3}
 
@@ -316,14 +317,16 @@ def absorbed(
     return out
 
 
-def prefers_expanded(tokens: int, rank: int, nope: int, value: int) -> bool:
-    """Whether expanding the cache costs less time than attending to it absorbed.
-
-    For each head and cached token, expanding costs rank * (nope + value) multiply-adds once, and saves
-    2 * rank - nope - value for each new token.
-    """
-    saved = 2 * rank - nope - value
-    return saved > 0 and tokens * saved * EXPANDED_RATE > rank * (nope + value)
+def _through_aten(q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal) -> torch.Tensor:
+    """ATen's GEMMs over what is visible of the cache, in float32 where bfloat16 is slow."""
+    dtype, cached = q_nope.dtype, latent.shape[1]
+    length = visible_length(mask, q_nope.shape[2], cached, is_causal)
+    if mask is not None and mask.shape[-1] != 1:
+        mask = mask[..., :length]
+    args = (q_nope, q_rope, latent[:, :length], k_rope[:, :length], w_uk, w_uv)
+    if dtype == torch.bfloat16 and bfloat16_is_slow():
+        args = tuple(x.float() for x in args)
+    return aten(*args, mask, scale, is_causal).to(dtype)
 
 
 def mla_attention(
@@ -337,12 +340,10 @@ def mla_attention(
     scale: float,
     is_causal: bool = False,
 ) -> torch.Tensor:
-    args = (q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask)
-    if not prefers_expanded(q_nope.shape[2], latent.shape[2], w_uk.shape[1], w_uv.shape[1]):
-        return absorbed(*args, scale, is_causal)
-    if q_nope.dtype == torch.bfloat16 and bfloat16_is_slow():
-        args = tuple(x.float() if x is not None and x.dtype == torch.bfloat16 else x for x in args)
-    return expanded(*args, scale, is_causal).to(q_nope.dtype)
+    few = q_nope.shape[1] * q_nope.shape[2] <= FEW_ROWS or latent.shape[1] == 0
+    return (absorbed if few else _through_aten)(
+        q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal
+    )
 
 
 def _check(q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal=False):

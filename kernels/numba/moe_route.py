@@ -9,7 +9,7 @@ import torch
 from numba import prange
 
 from dsopt.capture import known
-from dsopt.kernels.numba.runtime import flat, inner, kernel, nothing, run
+from dsopt.kernels.numba.runtime import flat, inner, kernel, nothing, run_rows
 from dsopt.op import Kernel
 from dsopt.ops.route import GROUP_SCORES
 
@@ -72,38 +72,25 @@ def _group_score(x, top2):
     return x[best[0]] + x[best[1]] if count == 2 else x[best[0]]
 
 
-@kernel
-def _route(
-    logits,
-    bias,
-    weights,
-    ids,
-    experts,
-    topk,
-    scoring,
-    groups,
-    topk_groups,
-    top2,
-    outside,
-    renormalize,
-    eps,
-    scale,
-):
-    for t in prange(ids.size // topk):
-        scores = np.empty(experts, np.float32)
+@inner
+def _some(
+    begin, end, logits, bias, weights, ids, experts, topk, scoring, groups, topk_groups, top2, outside,
+    renormalize, eps, scale,
+):  # fmt: skip
+    scores, choice = np.empty(experts, np.float32), np.empty(experts, np.float32)
+    keys, best = np.empty(max(topk, topk_groups), np.int32), np.empty(topk_groups, np.int64)
+    by_group, inside = np.empty(groups, np.float32), np.empty(groups, np.bool_)
+    size = experts // groups
+    for t in range(begin, end):
+        chosen = ids[t * topk : (t + 1) * topk]
         _scores(scoring, logits[t * experts : (t + 1) * experts], scores)
-        choice = scores.copy()
-        if bias.size:
-            choice += bias
-        keys, chosen = np.empty(max(topk, topk_groups), np.int32), ids[t * topk : (t + 1) * topk]
+        for e in range(experts):
+            choice[e] = scores[e] + bias[e] if bias.size else scores[e]
         if topk_groups < groups:
-            size = experts // groups
-            by_group = np.empty(groups, np.float32)
             for g in range(groups):
                 by_group[g] = _group_score(choice[g * size : (g + 1) * size], top2)
-            best = np.empty(topk_groups, np.int64)
             _largest(by_group, topk_groups, keys, best)
-            inside = np.zeros(groups, np.bool_)
+            inside[:] = False
             for g in best:
                 inside[g] = True
             for e in range(experts):
@@ -117,6 +104,18 @@ def _route(
                 total += scores[e]
         for k in range(topk):
             weights[t * topk + k] = scores[chosen[k]] / total * np.float32(scale)
+
+
+@kernel
+def _all(
+    tokens, logits, bias, weights, ids, experts, topk, scoring, groups, topk_groups, top2, outside,
+    renormalize, eps, scale,
+):  # fmt: skip
+    for t in prange(tokens):
+        _some(
+            t, t + 1, logits, bias, weights, ids, experts, topk, scoring, groups, topk_groups, top2, outside,
+            renormalize, eps, scale,
+        )  # fmt: skip
 
 
 def moe_route(
@@ -139,16 +138,17 @@ def moe_route(
         add = nothing(torch.float32) if bias is None else flat(bias.float().contiguous())
         never = np.float32(-math.inf if outside is None else outside)
         groups = (num_groups, topk_groups, GROUP_SCORES[group_score] == 2, never)
-        operands = (
-            flat(wide),
-            add,
-            flat(weights),
-            flat(ids),
+        operands = (flat(wide), add, flat(weights), flat(ids))
+        how = (
             logits.shape[-1],
             topk,
             _SCORINGS.index(scoring),
+            *groups,
+            renormalize,
+            float(eps),
+            float(scale),
         )
-        run(32 * wide.numel(), _route, *operands, *groups, renormalize, float(eps), float(scale))
+        run_rows(32 * wide.numel(), _some, _all, ids.numel() // topk, *operands, *how)
     return weights, ids
 
 

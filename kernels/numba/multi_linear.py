@@ -1,4 +1,7 @@
-"""Sibling projections: weights streamed once in float32 for few tokens, ATen's GEMM for many."""
+"""Sibling projections in bfloat16: weights streamed once for few tokens, ATen's GEMM for many.
+
+In float32 ATen reads weights as fast as memory gives them; there is nothing to gain.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,14 @@ from numba import prange
 
 from dsopt.capture import known
 from dsopt.kernels.numba.dots import ROWS, rows_dot
-from dsopt.kernels.numba.runtime import DTYPES, flat, inner, kernel, nothing, run, store, widen
+from dsopt.kernels.numba.runtime import flat, inner, kernel, nothing, run, store, widen
 from dsopt.kernels.torch import gemm
 from dsopt.op import Kernel
 
 # tokens up to which this kernel is faster than ATen's GEMM
-FEW_TOKENS = {torch.bfloat16: 32, torch.float32: 4}
+FEW_TOKENS = 32
+
+DTYPES = frozenset({torch.bfloat16})
 
 
 @inner
@@ -37,10 +42,10 @@ def _linear(x, at, w, w_stride, bias, out, n, k):
 
 
 def linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x @ w.T + bias, x (..., in_features) and w (out_features, in_features) of one dtype; see the module."""
+    """x @ w.T + bias, x (..., in_features) and w (out_features, in_features) bfloat16; see the module."""
     tokens = x.shape[:-1].numel()
     n, k = w.shape
-    if not 0 < tokens <= FEW_TOKENS[x.dtype] or n == 0 or k == 0:
+    if not 0 < tokens <= FEW_TOKENS or n == 0 or k == 0:
         return gemm.linear(x, w, bias)
     out = torch.empty(*x.shape[:-1], n, dtype=x.dtype)
     b = nothing(x.dtype) if bias is None else flat(bias.contiguous())

@@ -7,13 +7,13 @@ import torch
 from numba import prange
 
 from dsopt.capture import known
-from dsopt.kernels.numba.runtime import DTYPES, flat, kernel, nothing, run, store, widen
+from dsopt.kernels.numba.runtime import DTYPES, flat, inner, kernel, nothing, run_rows, store, widen
 from dsopt.op import Kernel
 
 
-@kernel
-def _rms_norm(x, x_stride, weight, out, rows, hidden, eps):
-    for r in prange(rows):
+@inner
+def _some(begin, end, x, x_stride, weight, out, hidden, eps):
+    for r in range(begin, end):
         row = x[r * x_stride : r * x_stride + hidden]
         to = out[r * hidden : (r + 1) * hidden]
         squares = np.float32(0)
@@ -26,6 +26,12 @@ def _rms_norm(x, x_stride, weight, out, rows, hidden, eps):
         else:
             for j in range(hidden):
                 store(to, j, widen(row[j]) * scale)
+
+
+@kernel
+def _all(rows, x, x_stride, weight, out, hidden, eps):
+    for r in prange(rows):
+        _some(r, r + 1, x, x_stride, weight, out, hidden, eps)
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
@@ -42,8 +48,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.
     out = torch.empty(x.shape, dtype=x.dtype)
     if out.numel():
         rows = rows_of(x)
-        args = (flat(rows), rows.stride(0), flat_weight(weight, x.dtype), flat(out), *rows.shape, eps)
-        run(4 * x.numel(), _rms_norm, *args)
+        operands = (flat(rows), rows.stride(0), flat_weight(weight, x.dtype), flat(out))
+        run_rows(4 * x.numel(), _some, _all, rows.shape[0], *operands, x.shape[-1], eps)
     return out
 
 

@@ -7,40 +7,49 @@ import torch
 from numba import prange
 
 from dsopt.capture import known
-from dsopt.kernels.numba.runtime import DTYPES, flat, kernel, run, store, unit_stride, widen
+from dsopt.kernels.numba.runtime import DTYPES, flat, inner, kernel, run_rows, store, unit_stride, widen
 from dsopt.op import Kernel
 
 
+@inner
+def _rotate(x, at, far_in, next_in, cos, c, sin, s, split, out, to, far_out, next_out, half):
+    """One row. far: from one of a pair to the other; next: from one pair to the next; all indices unsigned."""
+    for n in range(half):
+        a, b = widen(x[at + n * next_in]), widen(x[at + n * next_in + far_in])
+        store(out, to + n * next_out, a * widen(cos[c + n]) - b * widen(sin[s + n]))
+        b = b * widen(cos[c + split + n]) + a * widen(sin[s + split + n])
+        store(out, to + n * next_out + far_out, b)
+
+
+@inner
+def _some(
+    begin, end, x, x_strides, cos, cos_strides, sin, sin_strides, out, sizes, dim, split, pairs_in, pairs_out
+):  # fmt: skip
+    half, one, two = np.uint64(dim // 2), np.uint64(1), np.uint64(2)
+    split = half if split else np.uint64(0)
+    for row in range(begin, end):
+        i, j, k = row // (sizes[0] * sizes[1]), row // sizes[1] % sizes[0], row % sizes[1]
+        at = np.uint64(i * x_strides[0] + j * x_strides[1] + k * x_strides[2])
+        c = np.uint64(i * cos_strides[0] + j * cos_strides[1] + k * cos_strides[2])
+        s = np.uint64(i * sin_strides[0] + j * sin_strides[1] + k * sin_strides[2])
+        to = np.uint64(row * dim)
+        # calls with constants, so that each is a loop over vectors
+        if pairs_in and pairs_out:
+            _rotate(x, at, one, two, cos, c, sin, s, split, out, to, one, two, half)
+        elif pairs_in:
+            _rotate(x, at, one, two, cos, c, sin, s, split, out, to, half, one, half)
+        elif pairs_out:
+            _rotate(x, at, half, one, cos, c, sin, s, split, out, to, one, two, half)
+        else:
+            _rotate(x, at, half, one, cos, c, sin, s, split, out, to, half, one, half)
+
+
 @kernel
-def _rope(
-    x,
-    x_strides,
-    cos,
-    cos_strides,
-    sin,
-    sin_strides,
-    out,
-    sizes,
-    dim,
-    split,
-    pairs_in,
-    pairs_out,
-):
-    half = dim // 2
-    # from one of a pair to the other, and from one pair to the next
-    far_in, next_in = (1, 2) if pairs_in else (half, 1)
-    far_out, next_out = (1, 2) if pairs_out else (half, 1)
-    second = half if split else 0
-    for row in prange(sizes[0] * sizes[1] * sizes[2]):
-        i, j, k = row // (sizes[1] * sizes[2]), row // sizes[2] % sizes[1], row % sizes[2]
-        at = i * x_strides[0] + j * x_strides[1] + k * x_strides[2]
-        c = i * cos_strides[0] + j * cos_strides[1] + k * cos_strides[2]
-        s = i * sin_strides[0] + j * sin_strides[1] + k * sin_strides[2]
-        for n in range(half):
-            a, b = widen(x[at + n * next_in]), widen(x[at + n * next_in + far_in])
-            to = row * dim + n * next_out
-            store(out, to, a * widen(cos[c + n]) - b * widen(sin[s + n]))
-            store(out, to + far_out, b * widen(cos[c + second + n]) + a * widen(sin[s + second + n]))
+def _all(rows, x, x_strides, cos, cos_strides, sin, sin_strides, out, sizes, dim, split, pairs_in, pairs_out):
+    for r in prange(rows):
+        _some(
+            r, r + 1, x, x_strides, cos, cos_strides, sin, sin_strides, out, sizes, dim, split, pairs_in, pairs_out
+        )  # fmt: skip
 
 
 def _rows(x: torch.Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
@@ -58,9 +67,10 @@ def rope(
         if cos.dtype != sin.dtype:
             cos, sin = cos.float(), sin.float()
         dim, split = x.shape[-1], cos.shape[-1] == x.shape[-1]
-        sizes = (1,) * (4 - x.ndim) + tuple(x.shape[:-1])
+        sizes = (1, 1, *x.shape[:-1])[-2:]
         operands = (*_rows(x), *_rows(cos), *_rows(sin), flat(out))
-        run(4 * x.numel(), _rope, *operands, sizes, dim, split, interleaved_in, interleaved_out)
+        how = (sizes, dim, split, interleaved_in, interleaved_out)
+        run_rows(4 * x.numel(), _some, _all, x.numel() // dim, *operands, *how)
     return out
 
 

@@ -126,3 +126,11 @@ def run(work: int, fn: Callable, *args) -> None:
         fn(*args)
     finally:
         numba.set_num_threads(before)
+
+
+def run_rows(work: int, some: Callable, every: Callable, rows: int, *args) -> None:
+    """every(rows, *args), a kernel, as `run` calls it; some(0, rows, *args), which does the same, if it is small."""
+    if work < SERIAL_WORK:
+        some(0, rows, *args)
+    else:
+        run(work, every, rows, *args)

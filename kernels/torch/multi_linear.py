@@ -1,4 +1,4 @@
-"""Sibling projections as one ATen GEMM each."""
+"""Sibling projections as one GEMM of `gemm`'s kind each."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
+from dsopt.kernels.torch.gemm import linear
 from dsopt.op import Kernel
 
 
 def multi_linear(
     x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
 ) -> list[torch.Tensor]:
-    return [torch.nn.functional.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
+    return [linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
 
 
 KERNELS = (Kernel(op="multi_linear", backend="torch", plan=lambda *_: multi_linear, priority=1),)
