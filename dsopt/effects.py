@@ -107,7 +107,7 @@ def _aliased(node: Node) -> Iterator[Node]:
             x for x in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(x, Node)
         )
     # composite ops whose schema promises nothing but which return their input when there is nothing to do
-    if node.target in _MAYBE_VIEWS and _dtype(node) == _dtype(node.args[0]):
+    if node.target in MAYBE_VIEWS and _dtype(node) == _dtype(node.args[0]):
         yield node.args[0]
     # and whatever the trace has seen to share memory with an input
     memory = _memory(node)
@@ -120,7 +120,11 @@ def _picked_from(node: Node) -> Iterator[Node]:
     The results of one call do not share memory with each other, unless they are views of its input.
     """
     source = node.args[0] if node.args else None
-    if node.target is not operator.getitem or not isinstance(source, Node) or any(True for _ in _aliased(source)):
+    if (
+        node.target is not operator.getitem
+        or not isinstance(source, Node)
+        or any(True for _ in _aliased(source))
+    ):
         yield from node.all_input_nodes
         return
     same = [user for user in source.users if user.target is operator.getitem and user.args[1] == node.args[1]]
@@ -137,7 +141,7 @@ def _dtype(node: Node) -> torch.dtype | None:
     return getattr(node.meta.get("val"), "dtype", None)
 
 
-_MAYBE_VIEWS = {
+MAYBE_VIEWS = {
     overload
     for packet in (
         aten.reshape,
@@ -155,11 +159,13 @@ _MAYBE_VIEWS = {
 class Order:
     """Whether reads may be gathered at one place of a graph: the writes, and what memory each touches.
 
-    Made once per pass; nodes that the pass adds later are understood too.
+    Made once per pass; nodes that the pass adds later are understood too: one that took another's place holds
+    the memory that the other's views still name.
     """
 
     def __init__(self, gm: GraphModule):
         self._bases = bases(gm)
+        self._origins = {n.meta.get("origin", n.name): n for n in gm.graph.nodes}
         self.writes = [
             (n, frozenset().union(*(self._bases[t] for t in targets)))
             for n in gm.graph.nodes
@@ -169,7 +175,9 @@ class Order:
     def base(self, node: Node) -> frozenset[Node]:
         """As `bases` says of the node."""
         if node not in self._bases:
-            self._bases[node] = frozenset().union(*map(self.base, _aliased(node))) or frozenset({node})
+            stood_for = self._origins.get(node.meta.get("origin"), node)
+            fresh = frozenset({node}) if stood_for is node else self.base(stood_for)
+            self._bases[node] = frozenset().union(*map(self.base, _aliased(node))) or fresh
         return self._bases[node]
 
     def is_written(self, node: Node) -> bool:

@@ -24,7 +24,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from dsopt.capture import known
-from dsopt.effects import Order, bases, between
+from dsopt.effects import MAYBE_VIEWS, Order, bases, between
 from dsopt.rewrite import Emitter, Log, argument, aten, is_op, is_tensor, replace, same_shape, shape, val
 
 Rule = Callable[[GraphModule, Node], Node | None]
@@ -92,7 +92,7 @@ def _drop_empty_copies(gm: GraphModule) -> None:
 
 
 def _in_place_to_pure(gm: GraphModule, log: Log) -> None:
-    """x.add_(y) -> x + y for a fresh x, or a view of one, whose memory nothing reads afterwards but through the result."""
+    """x.add_(y) -> x + y for a fresh x or a view of one, if its memory is read afterwards through the result alone."""
     base_of = bases(gm)
     aliases: dict[Node, list[Node]] = {}
     for node, its_bases in base_of.items():
@@ -114,7 +114,11 @@ def _in_place_to_pure(gm: GraphModule, log: Log) -> None:
         if any(node < user for n in earlier for user in n.users):
             continue
         pure = Emitter(gm, node)(_PURE[node.target], *node.args, **node.kwargs)
-        if val(pure).dtype != val(node).dtype or not same_shape(shape(pure), shape(node)):
+        # what copied a strided view is a view of its compact copy, and the other way round
+        laid_out = same_shape(val(pure).stride(), val(node).stride()) or _LAYOUT_MATTERS.isdisjoint(
+            n.target for n in later
+        )
+        if val(pure).dtype != val(node).dtype or not same_shape(shape(pure), shape(node)) or not laid_out:
             gm.graph.erase_node(pure)
             continue
         log.hit()
@@ -399,6 +403,9 @@ _PURE = {
     for overload in getattr(aten, f"{name}_").overloads()
     if overload in getattr(aten, name).overloads()
 }
+
+# calls whose meaning, or whether they copy, depends on how their input lies in memory
+_LAYOUT_MATTERS = {*MAYBE_VIEWS, aten.as_strided.default}
 
 RULES: dict[Callable, tuple[Rule, ...]] = {
     **dict.fromkeys((aten.detach.default, aten.alias.default, aten.lift_fresh.default), (_same,)),

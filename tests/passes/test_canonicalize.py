@@ -441,3 +441,45 @@ def test_einsum_that_broadcasts_the_contracted_dim_stays():
         torch.randn(3, 5),
         ops=["aten.einsum"],
     )
+
+
+def through_square(x):
+    square = x * x
+    copy, row = square * 1, square[0]
+    square.mul_(2)
+    return copy, row
+
+
+def through_linear(x):
+    y = x @ W.T
+    copy = y + 0
+    y[..., :2].zero_()
+    return copy, y
+
+
+@pytest.mark.parametrize("fn", [through_square, through_linear])
+def test_copy_of_what_was_rewritten_stays_a_copy(fn):
+    result = rewritten(fn, X, passes=("canonicalize",))
+    for a, b in zip(result.run(X), fn(X), strict=True):
+        assert relative_l2(a, b) < 1e-6
+
+
+def written_reshape(x):
+    half = x.sigmoid()[..., :4].mul_(2)
+    flat = half.reshape(-1)
+    flat.zero_()
+    return half, flat
+
+
+def strided_half(x):
+    half = x.sigmoid()[..., :4].mul_(2)
+    return torch.as_strided(half, (2, 2), (8, 1))
+
+
+@pytest.mark.parametrize("fn", [written_reshape, strided_half])
+def test_written_view_whose_layout_is_seen_stays_a_view(fn):
+    result = rewritten(fn, X, passes=("canonicalize",))
+    for a, b in zip(
+        torch.utils._pytree.tree_leaves(result.run(X)), torch.utils._pytree.tree_leaves(fn(X)), strict=True
+    ):
+        assert relative_l2(a, b) < 1e-6
