@@ -184,6 +184,11 @@ class Order:
         """True when the graph writes to the node's memory, whenever."""
         return any(targets & self.base(node) for _, targets in self.writes)
 
+    def is_written_before(self, node: Node, at: Node) -> bool:
+        """True when something before `at` writes to the node's memory."""
+        base = self.base(node)
+        return any(write < at and targets & base for write, targets in self.writes)
+
     def moved(self, nodes: Iterable[Node], at: Node) -> Node | None:
         """A write that would change what `nodes` read if they all read at `at` instead; None if there is none."""
         for node in nodes if self.writes else ():

@@ -16,7 +16,16 @@ from dsopt.expertmap import Product
 from dsopt.probe import Probe, Unknowable, size
 from dsopt.rewrite import shape, val
 
-TRIALS = 3
+TRIALS = 4
+# calls that sort, count, gather and put rows; and among them those that tell how many rows there are
+_ORDERING = frozenset(
+    "sort argsort topk reshape view flatten unflatten unsqueeze squeeze expand permute clone contiguous to index "
+    "index_select gather floor_divide div arange empty_like new_empty zeros_like new_zeros zeros ones_like "
+    "index_put index_put_ index_copy index_copy_ scatter scatter_ scatter_add scatter_add_ histc bincount one_hot "
+    "cumsum sum repeat_interleave ge gt lt le eq ne clamp clamp_ masked_fill masked_fill_ bitwise_not logical_not "
+    "alias detach _to_copy select slice mul searchsorted".split()
+)
+_COUNTING = frozenset("histc bincount cumsum sum scatter_add scatter_add_".split())
 
 
 class NoMatch(Exception):
@@ -52,6 +61,7 @@ class Experts:
     steps: list[tuple[str, Node | None]] = field(default_factory=list)
     biases: dict[Node, tuple[Node, Node]] = field(default_factory=dict)
     masks: list[Node] = field(default_factory=list)
+    base: Node | None = None
 
     def products(self) -> list[Product]:
         act = self.activation
@@ -65,25 +75,56 @@ class Experts:
 
 def settle(probe: Probe, found: Experts, settled: dict[str, str | None]) -> None:
     """Raises NoMatch unless the index arithmetic is right on random choices."""
-    nodes = [p.index for p in found.products()]
-    nodes += [index for _, index in found.biases.values()]
-    nodes += found.masks + [n for _, n in found.steps if n is not None]
-    nodes += [found.tokens] if found.tokens is not None else []
-    nodes, leaves = list(dict.fromkeys(nodes)), [found.ids, found.weights]
-    num_experts = shape(found.activation.gate.w)[0]
+    roles = [p.index for p in found.products()]
+    roles += [index for _, index in found.biases.values()]
+    roles += found.masks + [n for _, n in found.steps if n is not None]
+    roles += [found.tokens] if found.tokens is not None else []
+    leaves, num_experts = [found.ids, found.weights], shape(found.activation.gate.w)[0]
     kinds = (
         [kind for kind, _ in found.steps],
         [p.ends is None for p in found.products()],
         found.tokens is None,
     )
+    biased = [p.out in found.biases for p in found.products()]
     try:
-        key = f"{num_experts} {kinds} {probe.fingerprint(nodes, leaves, found.root)}"
+        _look(found, probe.part(roles, leaves, found.root))
+        key = f"{num_experts} {kinds} {biased} {len(found.masks)} {probe.fingerprint(roles, leaves, found.root)}"
         if key not in settled:
-            settled[key] = _try(probe, found, nodes, num_experts)
+            settled[key] = _try(probe, found, list(dict.fromkeys(roles)), num_experts)
     except Unknowable as error:
         raise NoMatch(str(error)) from error
     if settled[key] is not None:
         raise NoMatch(settled[key])
+
+
+def _look(found: Experts, part: list[Node]) -> None:
+    """Raises NoMatch where index arithmetic holds a call whose effect a trial of a few choices need not show."""
+    for node in part:
+        packet = getattr(node.target, "overloadpacket", None) if node.op == "call_function" else None
+        if packet is not None and packet.__name__ not in _ORDERING:
+            raise NoMatch(f"{node.name} ({node.target}) takes part in what rows belong to which choice")
+        clamps = packet is not None and packet.__name__.rstrip("_") == "clamp"
+        if clamps and not found.masks and not any("masked_fill" in str(n.target) for n in part):
+            raise NoMatch(f"{node.name} gives ids that are no expert's to another expert")
+        counts = packet is not None and packet.__name__ in _COUNTING
+        if counts and any(node in above(mask) for mask in _masks(found, part)):
+            raise NoMatch(f"rows are masked by how many there are ({node.name})")
+
+
+def _masks(found: Experts, part: list[Node]) -> list[Node]:
+    """What hides rows: masks of rows, and those of their weights."""
+    of_rows = found.masks + [n for kind, n in found.steps if kind == "mask"]
+    return of_rows + [n.args[1] for n in part if "masked_fill" in str(n.target)]
+
+
+def above(node: Node) -> set[Node]:
+    """The nodes that a node depends on, itself included."""
+    seen, stack = set(), [node]
+    while stack:
+        if (n := stack.pop()) not in seen:
+            seen.add(n)
+            stack += n.all_input_nodes
+    return seen
 
 
 def _try(probe: Probe, found: Experts, nodes: list[Node], num_experts: int) -> str | None:
@@ -94,12 +135,16 @@ def _try(probe: Probe, found: Experts, nodes: list[Node], num_experts: int) -> s
         return "ids, weights and x disagree in the number of tokens or choices"
     if topk > num_experts:
         return "more experts are chosen than there are"
-    for _ in range(TRIALS):
-        draws = torch.rand(tokens, num_experts, generator=generator, device="cpu")
+    for i in range(TRIALS):
+        # every other time all tokens choose the same experts
+        draws = torch.rand(1 if i % 2 else tokens, num_experts, generator=generator, device="cpu")
+        draws = draws.expand(tokens, -1)
         ids = draws.argsort(-1)[:, :topk].to(val(found.ids).dtype)
-        weights = (torch.rand(tokens, topk, generator=generator, device="cpu") + 0.5).to(
-            val(found.weights).dtype
-        )
+        # of both signs, tiny to large, and one of zero
+        weights = torch.randn(tokens, topk, generator=generator, device="cpu")
+        weights *= 10.0 ** torch.empty_like(weights).uniform_(-6, 2, generator=generator)
+        weights[:1, :1] = 0.0
+        weights = weights.to(val(found.weights).dtype)
         values = dict(
             zip(nodes, probe.run(nodes, {found.ids: ids, found.weights: weights}, found.root), strict=True)
         )

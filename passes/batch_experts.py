@@ -59,6 +59,9 @@ def run(gm: GraphModule, log: Log) -> None:
         except NoMatch as reason:
             log.miss(down.out, str(reason))
             continue
+        if found.base is not None and log.order.is_written_before(found.base, found.root):
+            log.miss(down.out, f"{found.base.name} holds more than zeros when rows are added to it")
+            continue
         if reason := log.moved(between(found.root, found.leaves()), found.root):
             log.miss(down.out, reason)
             continue
@@ -124,7 +127,7 @@ def _plain(found: Experts, node: Node) -> Node:
     while True:
         inner = core(node)
         if is_float_cast(inner):
-            if torch.promote_types(val(inner).dtype, val(found.down.out).dtype) != val(inner).dtype:
+            if _narrows(found, inner):
                 raise NoMatch(f"{inner.name} rounds to less than the products' dtype")
             inner = inner.args[0]
         elif is_op(inner, *_FILLS) and inner.args[2] == 0:
@@ -133,6 +136,11 @@ def _plain(found: Experts, node: Node) -> Node:
         elif inner is node:
             return node
         node = inner
+
+
+def _narrows(found: Experts, node: Node) -> bool:
+    """True for a result that is rounded to less than the products' dtype."""
+    return torch.promote_types(val(node).dtype, val(found.down.out).dtype) != val(node).dtype
 
 
 def _activation(found: Experts, node: Node, products: dict[Node, Product]) -> Activation:
@@ -173,7 +181,7 @@ def _act(found: Experts, node: Node) -> tuple[str, Node] | None:
 def _gated(found: Experts, name: str, gate: Node, up: Node, products: dict[Node, Product]) -> Activation:
     up = _plain(found, up)
     if name == "swiglu_oai":
-        if not is_op(up, *_ADDS) or up.args[1] != 1:
+        if not _is_sum(up) or up.args[1] != 1:
             raise NoMatch("x * sigmoid(1.702 x) is not multiplied with up + 1")
         up = _plain(found, up.args[0])
     gate, top = _clamped(found, gate)
@@ -221,7 +229,7 @@ def _part(node: Node) -> tuple[Node, tuple[int, int, int] | None]:
 def _biased(found: Experts, node: Node, products: dict[Node, Product]) -> Product:
     """The product below a bias by expert, which is noted."""
     node = _plain(found, node)
-    if is_op(node, *_ADDS):
+    if _is_sum(node):
         for h, b in (node.args[:2], node.args[1::-1]):
             inner = _plain(found, h)
             if inner in products and (bias := _bias(b)) is not None:
@@ -230,6 +238,10 @@ def _biased(found: Experts, node: Node, products: dict[Node, Product]) -> Produc
     if node not in products:
         raise NoMatch(f"{node.name} ({node.target}) stands between the products")
     return products[node]
+
+
+def _is_sum(node: Node) -> bool:
+    return is_op(node, *_ADDS) and node.kwargs.get("alpha", 1) == 1
 
 
 def _bias(node: Node) -> tuple[Node, Node] | None:
@@ -290,9 +302,9 @@ def _follow(found: Experts) -> None:
             raise NoMatch(f"{node.name} is read {len(users)} times on the way to the sum over choices")
         (user,) = users
         other = next((a for a in user.args[:2] if a is not node), None)
-        if is_float_cast(user):
+        if is_float_cast(user) and not _narrows(found, user):
             pass
-        elif is_op(user, *_ADDS) and not weighed and (bias := _bias(other)) is not None:
+        elif _is_sum(user) and not weighed and (bias := _bias(other)) is not None:
             found.biases[down.out] = bias
             found.steps.append(("experts", bias[1]))
         elif is_op(user, *_FILLS) and user.args[2] == 0:
@@ -308,12 +320,15 @@ def _follow(found: Experts) -> None:
             found.steps.append(("place", user.args[1][0]))
         elif is_op(user, aten.index_add.default, aten.index_add_.default) and _adds_rows(user, node):
             found.steps.append(("add_to", user.args[2]))
+            found.base = user.args[0]
             break
         elif is_op(user, aten.reshape.default, aten.unflatten.int) and str(shape(user)[-1]) == str(
             shape(node)[-1]
         ):
             found.steps.append(("rows", None))
         elif is_op(user, aten.sum.dim_IntList) and val(node).ndim == 3 and list(argument(user, "dim")) == [1]:
+            if _narrows(found, user):
+                raise NoMatch(f"{user.name} sums in less than the products' dtype")
             found.steps.append(("sum", None))
             break
         else:
