@@ -33,9 +33,10 @@ def gated_mlp(
 
 
 def _check(x, w_gate, w_up, w_down, b_gate=None, b_up=None, b_down=None, *rest):
-    operands = {"w_gate": w_gate, "w_up": w_up, "w_down": w_down}
-    operands |= {"b_gate": b_gate, "b_up": b_up, "b_down": b_down}
-    reasons = (check_weight(name, w, x) for name, w in operands.items() if w is not None)
+    wide, narrow = (w_gate.shape[0], x.shape[-1]), (w_down.shape[0], w_gate.shape[0])
+    operands = {"w_gate": (w_gate, wide), "w_up": (w_up, wide), "w_down": (w_down, narrow)}
+    operands |= {"b_gate": (b_gate, wide[:1]), "b_up": (b_up, wide[:1]), "b_down": (b_down, narrow[:1])}
+    reasons = (check_weight(name, w, x, shape) for name, (w, shape) in operands.items() if w is not None)
     return next(filter(None, reasons), None)
 
 

@@ -353,9 +353,16 @@ def _check(q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal=Fa
             return f"needs one dtype and device, got {q_nope.dtype} q_nope and {x.dtype} {name} on {x.device}"
         if x.ndim != _NDIMS[name]:
             return f"needs {name} of {_NDIMS[name]} dimensions, got {list(x.shape)}"
-    for name in ("w_uk", "w_uv"):
-        if (reason := check_weight(name, tensors[name], q_nope)) is not None:
-            return reason
+    (batch, heads, tokens, nope), (_, cached, rank) = q_nope.shape, latent.shape
+    rope, value = q_rope.shape[3], w_uv.shape[1]
+    shapes = {"q_rope": (batch, heads, tokens, rope), "k_rope": (batch, cached, rope)}
+    shapes |= {"latent": (batch, cached, rank)}
+    for name, shape in shapes.items():
+        if any(known(a != b) for a, b in zip(tensors[name].shape, shape)):
+            return f"needs {name} of shape {list(shape)}, got {list(tensors[name].shape)}"
+    reason = check_weight("w_uk", w_uk, q_nope, (heads, nope, rank))
+    if (reason := reason or check_weight("w_uv", w_uv, q_nope, (heads, value, rank))) is not None:
+        return reason
     if mask is None:
         return None
     if mask.device != q_nope.device:
@@ -364,6 +371,9 @@ def _check(q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal=Fa
         return f"needs a bool or float mask, got {mask.dtype}"
     if mask.ndim > 4 or (mask.ndim >= 3 and not known(mask.shape[-3] == 1)):
         return f"needs one mask for all heads, got {list(mask.shape)}"
+    wanted = (batch, 1, tokens, cached)
+    if any(known(a != 1) and known(a != b) for a, b in zip(reversed(mask.shape), reversed(wanted))):
+        return f"needs a mask that broadcasts to {list(wanted)}, got {list(mask.shape)}"
     return None
 
 

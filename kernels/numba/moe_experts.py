@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numba import prange
 
+from dsopt.capture import known
 from dsopt.kernels.numba.dots import ROWS, rows_dot
 from dsopt.kernels.numba.multi_linear import check_weight
 from dsopt.kernels.numba.runtime import DTYPES, flat, inner, kernel, nothing, run, widen
@@ -44,8 +45,12 @@ def _act(kind, x):
 
 
 @inner
-def _group(ids, experts):
-    """The choices that name an expert, ordered by it: their places in ids, where each expert's begin, and it."""
+def _group(ids, experts, topk, width, inner_width):
+    """The choices that name an expert, ordered by it.
+
+    Returns which they are of ids, where their tokens begin in x, where their results begin in hidden, and of each
+    expert that was chosen where its choices begin and its number.
+    """
     counts = np.zeros(experts, np.int64)
     for e in ids:
         if 0 <= e < experts:
@@ -62,60 +67,85 @@ def _group(ids, experts):
         if 0 <= e < experts:
             choice[ends[e]] = i
             ends[e] += 1
-    return choice, first, expert
+    return choice, choice // topk * width, np.arange(choice.size) * inner_width, first, expert
+
+
+@inner
+def _element(b, strides, e, row):
+    """Element `row` of expert e's bias, 0 without one."""
+    return widen(b[e * strides[0] + row * strides[1]]) if b.size else np.float32(0)
+
+
+@inner
+def _hidden_rows(
+    row, e, x, x_at, gate, gate_strides, up, up_strides, b_gate, b_gate_strides, b_up, b_up_strides,
+    hidden, hidden_at, width, inner_width, activation, limit,
+):  # fmt: skip
+    """Elements row, ..., row + ROWS - 1 of what w2 is given, for all tokens of expert e."""
+    rows, count = min(ROWS, inner_width - row), x_at.size
+    g, u = np.empty((count, ROWS), np.float32), np.empty((count, ROWS), np.float32)
+    at = e * gate_strides[0] + row * gate_strides[1]
+    rows_dot(gate, at, gate_strides[1], rows, x, x_at, width, g)
+    if up.size:
+        at = e * up_strides[0] + row * up_strides[1]
+        rows_dot(up, at, up_strides[1], rows, x, x_at, width, u)
+    for c in range(count):
+        for i in range(rows):
+            a = g[c, i] + _element(b_gate, b_gate_strides, e, row + i)
+            if up.size:
+                b = u[c, i] + _element(b_up, b_up_strides, e, row + i)
+                a = limit if a > limit else a
+                b = limit if b > limit else -limit if b < -limit else b
+                a = _act(activation, a) * (b + np.float32(1) if activation == 5 else b)
+            else:
+                a = _act(activation, a)
+            hidden[hidden_at[c] + row + i] = a
+
+
+@inner
+def _out_rows(
+    row, choice, first, expert, weights, hidden, hidden_at, down, strides, bias, bias_strides, out, sizes
+):
+    """Elements row, ..., row + ROWS - 1 of each token's sum over its experts."""
+    topk, inner_width, out_width = sizes
+    rows = min(ROWS, out_width - row)
+    for slot in range(expert.size):
+        e, begin, end = expert[slot], first[slot], first[slot + 1]
+        y = np.empty((end - begin, ROWS), np.float32)
+        at = e * strides[0] + row * strides[1]
+        rows_dot(down, at, strides[1], rows, hidden, hidden_at[begin:end], inner_width, y)
+        for c in range(begin, end):
+            to, weight = choice[c] // topk * out_width + row, weights[choice[c]]
+            for i in range(rows):
+                out[to + i] += weight * (y[c - begin, i] + _element(bias, bias_strides, e, row + i))
 
 
 @kernel
 def _few(
     x, ids, weights, gate, gate_strides, up, up_strides, down, down_strides,
     b_gate, b_gate_strides, b_up, b_up_strides, b_down, b_down_strides,
-    out, topk, experts, width, inner_width, out_width, activation, limit,
+    out, hidden, topk, experts, width, inner_width, out_width, activation, limit,
 ):  # fmt: skip
-    """out += what the chosen experts give; x and out flat float32, strides those of an expert and of a row."""
-    choice, first, expert = _group(ids, experts)
-    token = choice // topk
-    x_at, hidden_at = token * width, np.arange(choice.size) * inner_width
-    hidden = np.empty(choice.size * inner_width, np.float32)
+    """out += what the chosen experts give; x and out flat float32, strides those of an expert and of a row.
+
+    up is empty if not gated, a bias if there is none; hidden is for its own use.
+    """
+    choice, x_at, hidden_at, first, expert = _group(ids, experts, topk, width, inner_width)
     blocks = (inner_width + ROWS - 1) // ROWS
     for item in prange(expert.size * blocks):
-        slot, row = item // blocks, item % blocks * ROWS
-        e, rows = expert[slot], min(ROWS, inner_width - row)
+        slot = item // blocks
         begin, end = first[slot], first[slot + 1]
-        g, u = np.empty((end - begin, ROWS), np.float32), np.empty((end - begin, ROWS), np.float32)
-        at = e * gate_strides[0] + row * gate_strides[1]
-        rows_dot(gate, at, gate_strides[1], rows, x, x_at[begin:end], width, g)
-        if up.size:
-            at = e * up_strides[0] + row * up_strides[1]
-            rows_dot(up, at, up_strides[1], rows, x, x_at[begin:end], width, u)
-        for c in range(end - begin):
-            for i in range(rows):
-                a = g[c, i]
-                if b_gate.size:
-                    a += widen(b_gate[e * b_gate_strides[0] + (row + i) * b_gate_strides[1]])
-                if up.size:
-                    b = u[c, i]
-                    if b_up.size:
-                        b += widen(b_up[e * b_up_strides[0] + (row + i) * b_up_strides[1]])
-                    a = limit if a > limit else a
-                    b = limit if b > limit else -limit if b < -limit else b
-                    a = _act(activation, a) * (b + np.float32(1) if activation == 5 else b)
-                else:
-                    a = _act(activation, a)
-                hidden[(begin + c) * inner_width + row + i] = a
+        _hidden_rows(
+            item % blocks * ROWS, expert[slot], x, x_at[begin:end], gate, gate_strides, up, up_strides,
+            b_gate, b_gate_strides, b_up, b_up_strides, hidden, hidden_at[begin:end],
+            width, inner_width, activation, limit,
+        )  # fmt: skip
+    sizes = topk, inner_width, out_width
     for block in prange((out_width + ROWS - 1) // ROWS):
-        row = block * ROWS
-        rows = min(ROWS, out_width - row)
-        for slot in range(expert.size):
-            e, begin, end = expert[slot], first[slot], first[slot + 1]
-            y = np.empty((end - begin, ROWS), np.float32)
-            at = e * down_strides[0] + row * down_strides[1]
-            rows_dot(down, at, down_strides[1], rows, hidden, hidden_at[begin:end], inner_width, y)
-            for c in range(end - begin):
-                for i in range(rows):
-                    b = np.float32(0)
-                    if b_down.size:
-                        b = widen(b_down[e * b_down_strides[0] + (row + i) * b_down_strides[1]])
-                    out[token[begin + c] * out_width + row + i] += weights[choice[begin + c]] * (y[c, i] + b)
+        _out_rows(
+            block * ROWS, choice, first, expert, weights, hidden, hidden_at, down, down_strides,
+            b_down, b_down_strides, out, sizes,
+        )  # fmt: skip
 
 
 def _operand(x: torch.Tensor | None, dtype: torch.dtype) -> tuple[np.ndarray, tuple[int, int]]:
@@ -148,8 +178,10 @@ def add_experts(
     choices = (flat(ids.long().contiguous()), flat(weights.float().contiguous()))
     sizes = (ids.shape[1], experts, width, inner_width, down.shape[1])
     limit = np.float32(math.inf if limit is None else limit)
+    hidden = np.empty(ids.numel() * inner_width, np.float32)
     work = ids.numel() * inner_width * (2 * width + down.shape[1])
-    run(work, _few, flat(x), *choices, *operands, flat(out), *sizes, _ACTIVATIONS.index(activation), limit)
+    how = (_ACTIVATIONS.index(activation), limit)
+    run(work, _few, flat(x), *choices, *operands, flat(out), hidden, *sizes, *how)
 
 
 def moe_experts(
@@ -210,15 +242,30 @@ def add_mlp(
     add_experts(out, x, ids, weights, *one, activation, limit)
 
 
-def _check(x, ids, weights, w13, w2, w3=None, b13=None, b2=None, b3=None, activation="silu", *rest):
+def _check(
+    x, ids, weights, w13, w2, w3=None, b13=None, b2=None, b3=None, activation="silu", gated=True, *rest
+):  # fmt: skip
     if activation not in _ACTIVATIONS:
         return f"needs an activation of {', '.join(_ACTIVATIONS)}, got {activation}"
-    shared = dict(zip(("shared_gate", "shared_up", "shared_down"), rest[3:]))
-    operands = {"w13": w13, "w2": w2, "w3": w3, "b13": b13, "b2": b2, "b3": b3, **shared}
-    for name, w in operands.items():
-        if w is not None and (reason := check_weight(name, w, x)) is not None:
-            return reason
-    return None
+    if any(known(a != b) for a, b in zip(ids.shape, weights.shape)):
+        return f"needs a weight for each id, got {list(weights.shape)} for {list(ids.shape)}"
+    (experts, rows, _), (_, out, inner_width), hidden = w13.shape, w2.shape, x.shape[1]
+    wanted = 2 * inner_width if gated and w3 is None else inner_width
+    w13_shape, w2_shape, w3_shape = (
+        (experts, wanted, hidden),
+        (experts, out, inner_width),
+        (experts, rows, hidden),
+    )
+    shapes = {"w13": w13_shape, "w2": w2_shape, "w3": w3_shape}
+    shapes |= {"b13": w13_shape[:2], "b2": w2_shape[:2], "b3": w3_shape[:2]}
+    operands = [(name, w, shapes[name]) for name, w in zip(shapes, (w13, w2, w3, b13, b2, b3))]
+    if rest[2] is not None:
+        gate, up, down = rest[2:]
+        shared = (gate.shape[0], hidden)
+        operands += [("shared_gate", gate, shared), ("shared_up", up, shared)]
+        operands += [("shared_down", down, (out, gate.shape[0]))]
+    reasons = (check_weight(name, w, x, shape) for name, w, shape in operands if w is not None)
+    return next(filter(None, reasons), None)
 
 
 KERNELS = (

@@ -157,6 +157,8 @@ def _check(logits, topk, scoring="softmax", bias=None, num_groups=1, *rest):
         return f"needs a scoring of {', '.join(_SCORINGS)}, got {scoring}"
     if bias is not None and bias.device != logits.device:
         return f"needs a bias on {logits.device}, got {bias.device}"
+    if bias is not None and (bias.ndim != 1 or known(bias.shape[0] != logits.shape[-1])):
+        return f"needs a bias for each expert, got {list(bias.shape)} for {list(logits.shape)}"
     if not known(topk <= logits.shape[-1]) or not known(logits.shape[-1] % num_groups == 0):
         return f"needs topk <= num_experts in equal groups, got {topk} of {logits.shape[-1]} in {num_groups}"
     return None

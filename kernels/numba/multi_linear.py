@@ -60,19 +60,29 @@ def multi_linear(
     return [linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
 
 
-def check_weight(name: str, w: torch.Tensor, x: torch.Tensor) -> str | None:
-    """Why these kernels do not read a weight or bias where it lies, or None."""
+def check_weight(name: str, w: torch.Tensor, x: torch.Tensor, shape: Sequence[int]) -> str | None:
+    """Why these kernels do not read a weight or bias of x's dtype and this shape where it lies, or None."""
     if w.dtype != x.dtype or w.device != x.device:
         return f"needs {name} of x's dtype and device, got {w.dtype} on {w.device}"
+    if w.ndim != len(shape) or any(known(a != b) for a, b in zip(w.shape, shape)):
+        return f"needs {name} of shape {list(shape)}, got {list(w.shape)}"
     if w.ndim > 1 and not known(w.stride(-1) == 1) and not known(w.shape[-1] <= 1):
         return f"needs rows of {name} whose elements are neighbours, got strides {list(w.stride())}"
     return None
 
 
 def _check(x, weights, biases):
-    operands = [(f"weights[{i}]", w) for i, w in enumerate(weights)]
-    operands += [(f"biases[{i}]", b) for i, b in enumerate(biases) if b is not None]
-    return next(filter(None, (check_weight(name, w, x) for name, w in operands)), None)
+    reasons = [
+        check_weight(f"weights[{i}]", w, x, (w.shape[0], x.shape[-1]))
+        for i, w in enumerate(weights)
+        if w.ndim
+    ]
+    reasons += [
+        check_weight(f"biases[{i}]", b, x, w.shape[:1])
+        for i, (w, b) in enumerate(zip(weights, biases))
+        if b is not None
+    ]
+    return next(filter(None, reasons), None)
 
 
 KERNELS = (

@@ -84,6 +84,8 @@ def _check(x, cos, sin, interleaved_in, interleaved_out):
             return f"needs {name} of float32 or bfloat16 on {x.device}, got {table.dtype} on {table.device}"
         if table.ndim == 0 or table.ndim > x.ndim:
             return f"needs {name} of at most {x.ndim} dimensions, got {list(table.shape)}"
+        if any(known(a != 1) and known(a != b) for a, b in zip(table.shape[-2::-1], x.shape[-2::-1])):
+            return f"needs {name} that broadcasts to x, got {list(table.shape)} for {list(x.shape)}"
         if not known(table.shape[-1] == cos.shape[-1]):
             return f"needs tables of one width, got {cos.shape[-1]} and {table.shape[-1]}"
         if not (known(table.shape[-1] == x.shape[-1]) or known(table.shape[-1] * 2 == x.shape[-1])):
