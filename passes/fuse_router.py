@@ -7,6 +7,7 @@ that part of the graph on random logits beside the op's reference (`dsopt.probe`
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,6 +38,14 @@ from dsopt.rewrite import (
 FAMILY = "router"
 # rows of logits a proposal is tried on
 ROWS = 24
+# (spread, shift) of logits and bias: as models have them, mostly negative choices, near ties, far apart, tiny scores
+REGIMES = (
+    ((2.0, 0.0), (0.5, 0.0)),
+    ((2.0, 0.0), (0.5, -1.5)),
+    ((0.05, 0.0), (0.01, 0.0)),
+    ((20.0, 0.0), (5.0, 0.0)),
+    ((2.0, -20.0), (1e-9, 0.0)),
+)
 _SCORES = {aten.softmax.int: "softmax", aten._softmax.default: "softmax", aten.sigmoid.default: "sigmoid"}
 _ADDS = (aten.add.Tensor, aten.add_.Tensor)
 _MULS = (aten.mul.Tensor, aten.mul_.Tensor)
@@ -47,7 +56,11 @@ _FILLS = (aten.masked_fill.Scalar, aten.masked_fill_.Scalar)
 
 @dataclass(frozen=True)
 class Proposal:
-    """What a router may compute. end: the node that holds the weights in the end; `bias` may need a reshape."""
+    """What a router may compute.
+
+    end: the node that holds the weights in the end; `bias` may need a reshape; fills: what masks put in place of
+    choice scores, beside 0 and -inf.
+    """
 
     logits: Node
     topk: int
@@ -61,6 +74,7 @@ class Proposal:
     renormalize: bool = False
     eps: float = 0.0
     scale: float = 1.0
+    fills: tuple[float, ...] = ()
 
     def options(self) -> tuple[Any, ...]:
         """The op's arguments after the bias."""
@@ -210,7 +224,7 @@ def _choice(topk: Node, score: Node, found: Proposal) -> Proposal | str:
             bias = other
     if bias is not None and not (is_tensor(bias) and known(val(bias).numel() == num_experts)):
         return f"{bias.name} takes part in the choice and is no bias by expert"
-    found = changed(found, bias=bias)
+    found = changed(found, bias=bias, fills=tuple(dict.fromkeys(filter(None, map(_fill, region)))))
     widths = [shape(n)[-2:] for n in region if val(n) is not None and is_tensor(n) and val(n).ndim > 1]
     split = [
         w for w in widths if isinstance(w[0], int) and w[0] * w[1] == num_experts and val(score).ndim > 1
@@ -229,6 +243,13 @@ def _choice(topk: Node, score: Node, found: Proposal) -> Proposal | str:
     return changed(
         found, num_groups=num_groups, topk_groups=topk_groups, group_score="top2" if pairs else "max"
     )
+
+
+def _fill(node: Node) -> float | None:
+    """The finite number that a node puts in place of some elements."""
+    filled = {**dict.fromkeys(_FILLS, 2), aten.where.ScalarOther: 2, aten.where.ScalarSelf: 1}
+    value = node.args[filled[node.target]] if node.target in filled else None
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def _outside(node: Node, score: Node, region: list[Node]) -> Iterator[Node]:
@@ -260,17 +281,19 @@ def _first_right(probe: Probe, found: Proposal, ids: Node, leaves: list[Node]) -
     generator = torch.Generator().manual_seed(0)
     rows = max(1, val(found.logits).ndim and size(val(found.logits).numel()) // size(shape(found.logits)[-1]))
     try:
-        for i in range(max(2, -(-ROWS // rows))):
-            given = [random_like(found.logits, generator, spread=2.0)]
-            # every other bias puts most choice scores below zero, where masks by 0 and by -inf part
-            given += [random_like(n, generator, spread=0.5) - 1.5 * (i % 2) for n in leaves[1:]]
+        for i in range(max(len(REGIMES), -(-ROWS // rows))):
+            regime = REGIMES[i % len(REGIMES)]
+            given = [
+                random_like(n, generator, spread=spread) + shift
+                for n, (spread, shift) in zip(leaves, regime, strict=False)
+            ]
             values = dict(zip(leaves, given, strict=True))
             trials.append((given, probe.run([found.end, ids], values)))
     except Unknowable as error:
         return str(error)
     tolerance = max(1e-5, *(2 * torch.finfo(w.dtype).eps for _, (w, _) in trials))
     for group_score in dict.fromkeys((found.group_score, "max", "top2")):
-        for outside in (None, 0.0):
+        for outside in (*found.fills, None, 0.0):
             one = changed(found, group_score=group_score, outside=outside)
             if all(_agrees(one, given, got, tolerance) for given, got in trials):
                 return group_score, outside

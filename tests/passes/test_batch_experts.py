@@ -378,7 +378,56 @@ def one_sided_limit(x, ids, weights, w13, w2):
     return with_activation(act)(x, ids, weights, w13, w2)
 
 
+def added_to_more_than_zeros(x, ids, weights, w13, w2):
+    y = gathered(x.repeat_interleave(TOPK, 0), ids.reshape(-1), w13, w2, swiglu) * weights.reshape(-1, 1)
+    out = torch.zeros_like(x)
+    out[:, 0] = 1.0
+    return out.index_add_(0, torch.arange(x.shape[0]).repeat_interleave(TOPK), y)
+
+
+def twice_the_bias(x, ids, weights, w13, w2):
+    expert = ids.reshape(-1)
+    y = gathered(x.repeat_interleave(TOPK, 0), expert, w13, w2, swiglu)
+    y = torch.add(y, w2[:, :, 0][expert], alpha=2.0)
+    return (y * weights.reshape(-1, 1)).view(*ids.shape, HIDDEN).sum(1)
+
+
+def small_weights_dropped(x, ids, weights, w13, w2):
+    y = gathered(x.repeat_interleave(TOPK, 0), ids.reshape(-1), w13, w2, swiglu)
+    w = weights.reshape(-1)
+    return (y * w.masked_fill(w < 0.2, 0.0).unsqueeze(-1)).view(*ids.shape, HIDDEN).sum(1)
+
+
+def limited_capacity(x, ids, weights, w13, w2):
+    expert = ids.reshape(-1)
+    y = gathered(x.repeat_interleave(TOPK, 0), expert, w13, w2, swiglu)
+    order = F.one_hot(expert, EXPERTS).cumsum(0).gather(1, expert.unsqueeze(-1))
+    return (y.masked_fill(order > 40, 0.0) * weights.reshape(-1, 1)).view(*ids.shape, HIDDEN).sum(1)
+
+
+def ids_taken_around(x, ids, weights, w13, w2):
+    y = gathered(x.repeat_interleave(TOPK, 0), ids.reshape(-1) % EXPERTS, w13, w2, swiglu)
+    return (y * weights.reshape(-1, 1)).view(*ids.shape, HIDDEN).sum(1)
+
+
+def ids_kept_in_range(x, ids, weights, w13, w2):
+    y = gathered(x.repeat_interleave(TOPK, 0), ids.reshape(-1).clamp(0, EXPERTS - 1), w13, w2, swiglu)
+    return (y * weights.reshape(-1, 1)).view(*ids.shape, HIDDEN).sum(1)
+
+
+def summed_in_less(x, ids, weights, w13, w2):
+    y = gathered(x.repeat_interleave(TOPK, 0), ids.reshape(-1), w13, w2, swiglu)
+    return (y * weights.reshape(-1, 1)).view(*ids.shape, HIDDEN).sum(1, dtype=torch.bfloat16)
+
+
 NEAR_MISSES = [
+    added_to_more_than_zeros,
+    twice_the_bias,
+    small_weights_dropped,
+    limited_capacity,
+    ids_taken_around,
+    ids_kept_in_range,
+    summed_in_less,
     weights_of_sorted_choices,
     never_put_back,
     tokens_of_other_rows,
@@ -430,6 +479,23 @@ def test_weights_written_between_the_products_are_read_in_order():
     assert result.count("dsopt.moe_experts") == 0
     want = fn(*operands())
     assert relative_l2(result.run(*args), want) < 1e-6
+
+
+def test_a_wrong_layer_beside_a_right_one():
+    def fn(x, ids, weights, w13, w2):
+        def layer(token, added):
+            y = gathered(x[token], ids.reshape(-1), w13, w2, swiglu) * weights.reshape(-1, 1)
+            return torch.zeros_like(x).index_add(0, added, y)
+
+        token = torch.arange(x.shape[0]).repeat_interleave(TOPK)
+        other = token.flip(0)
+        return layer(token, token), layer(token, other)
+
+    args = operands()
+    result = rewritten(fn, *args, passes=PASSES)
+    assert result.log("batch_experts").families == {"moe": 1}
+    for got, want in zip(result.run(*args), fn(*args), strict=True):
+        assert relative_l2(got, want) < 1e-6
 
 
 def test_two_layers():

@@ -283,7 +283,27 @@ def rounded_before_the_choice(logits, bias):
     return logits.softmax(-1).gather(1, ids), ids
 
 
+def scores_kept_above_a_floor(logits, bias):
+    scores = logits.sigmoid().clamp(min=1e-4)
+    ids = (scores + bias).topk(TOPK)[1]
+    return scores.gather(1, ids), ids
+
+
+def bias_kept_within_limits(logits, bias):
+    scores = logits.sigmoid()
+    ids = (scores + bias.clamp(-3, 3)).topk(TOPK)[1]
+    return scores.gather(1, ids), ids
+
+
+def small_scores_dropped(logits, bias):
+    scores = logits.softmax(-1)
+    return torch.where(scores > 1e-3, scores, 0.0).topk(TOPK)
+
+
 NEAR_MISSES = [
+    scores_kept_above_a_floor,
+    bias_kept_within_limits,
+    small_scores_dropped,
     bias_is_mixed,
     bias_on_logits,
     bias_by_token,
@@ -305,7 +325,9 @@ def test_near_misses_stay(fn):
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("fn", [bias_is_mixed, bias_on_logits, bias_by_token, groups_by_sum], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "fn", [bias_is_mixed, bias_on_logits, bias_by_token, groups_by_sum], ids=lambda f: f.__name__
+)
 def test_near_misses_have_a_reason(fn):
     (miss,) = rewritten(fn, *inputs(), passes=PASSES).log("fuse_router").misses
     assert miss["reason"] and "topk" in miss["site"]
@@ -335,8 +357,22 @@ def test_a_bias_written_between_choice_and_weights_stays_in_order():
     logits, bias = inputs()
     result = rewritten(fn, logits, bias.clone(), passes=PASSES)
     mine, theirs = bias.clone(), bias.clone()
-    assert moe_route_error(moe_route.bind((logits, TOPK)), result.run(logits, mine), fn(logits, theirs)) < 1e-6
+    assert (
+        moe_route_error(moe_route.bind((logits, TOPK)), result.run(logits, mine), fn(logits, theirs)) < 1e-6
+    )
     assert torch.equal(mine, theirs)
+
+
+def test_groups_put_at_another_number():
+    def fn(logits, bias):
+        scores = logits.sigmoid()
+        choice = (scores + bias).view(-1, GROUPS, EXPERTS // GROUPS)
+        best = choice.topk(2, dim=-1)[0].sum(-1).topk(2, dim=-1)[1]
+        out = torch.ones(choice.shape[:2], dtype=torch.bool).scatter_(1, best, False)
+        ids = choice.masked_fill(out.unsqueeze(-1), -1.0).flatten(1).topk(TOPK, dim=-1)[1]
+        return scores.gather(1, ids), ids
+
+    assert fused(rewritten(fn, *inputs(), passes=PASSES))["outside"] == -1.0
 
 
 def test_two_routers_of_one_graph():
