@@ -226,6 +226,9 @@ def _parts(x: Labelled, depth: int) -> list[Labelled] | None:
     x = peel(x)
     if not is_op(x.node, aten.cat.default) or len(x.node.args[0]) != 2:
         return None
+    # a cache that begins as an empty (0,) tensor is joined to keys of any shape
+    if any(val(part).ndim != len(x.axes) for part in x.node.args[0]):
+        return None
     dim = argument(x.node, "dim") % len(x.axes)
     parts = [Labelled(part, x.axes) for part in x.node.args[0]]
     one_dtype = len({val(part.node).dtype for part in (x, *parts)}) == 1

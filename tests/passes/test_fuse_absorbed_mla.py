@@ -370,3 +370,16 @@ def test_two_products_that_are_no_latent_attention():
     result = stays(shared, X, reason=None)
     assert census(rewritten(shared, X, passes=()).graphs[-1])["mla"] == 0
     assert result.count("aten.scaled_dot_product_attention") == 1
+
+
+def test_keys_joined_to_a_cache_that_is_empty_yet():
+    """Partly rotated queries over keys that an empty (0,) tensor was joined to: ordinary attention, left alone."""
+
+    def fn(q_rope, q_nope, k, v, empty):
+        k, v = (torch.cat((empty, x), -2) for x in (k, v))
+        return F.scaled_dot_product_attention(torch.cat((q_rope, q_nope), -1), k, v)
+
+    args = [torch.randn(2, 3, 5, width) for width in (ROPE, NOPE, ROPE + NOPE, VALUE)]
+    result = rewritten(fn, *args, torch.empty(0), passes=PASSES)
+    assert result.log("fuse_absorbed_mla").rewrites == 0
+    assert relative_l2(result.run(*args, torch.empty(0)), fn(*args, torch.empty(0))) < 1e-6
