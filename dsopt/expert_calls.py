@@ -15,6 +15,7 @@ from dsopt.expert_form import Refused
 from dsopt.numerics import rand, relative_l2
 from dsopt.ops.experts import moe_experts
 
+_SCALES = (0.01, 30.0, 1000.0)
 # what reordering a sum and rounding once less may change, between two spellings of one formula
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
@@ -56,13 +57,20 @@ def settings(module: nn.Module) -> tuple:
 def compare(owner: nn.Module, batched: nn.Module, make: Callable[[int, int], Given]) -> None:
     """Compares two spellings of one block on a few tokens. Raises Refused where they differ.
 
-    make: num_tokens, seed -> a call. Many equal tokens show whether an expert turns some away.
+    make: num_tokens, seed -> a call. Many equal tokens show whether an expert turns some away, small and large
+    numbers whether something is kept within limits.
     """
     crowd = make(16, 4)
     for x in tensors_of(crowd).values():
         rows = x.view(-1, x.shape[-1])
         rows.copy_(rows[:1].clone().expand_as(rows))
-    for call in (make(2, 2), make(1, 1), make(0, 0), crowd):
+    scaled = [make(6, seed) for seed in range(len(_SCALES))]
+    for call, scale in zip(scaled, _SCALES, strict=True):
+        for x in tensors_of(call).values():
+            if x.is_floating_point():
+                # float16 ends at 65504, and an MLP of large numbers multiplies two of them
+                x.mul_(min(scale, 10.0) if x.dtype == torch.float16 else scale)
+    for call in (make(2, 2), make(1, 1), make(0, 0), *scaled, crowd):
         given = tensors_of(call)
         again = {name: x.clone() for name, x in given.items()}
         try:

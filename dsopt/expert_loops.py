@@ -104,18 +104,19 @@ def batch_loop(owner: nn.Module, experts: Experts, uses: Counter) -> tuple[nn.Mo
         raise Refused("its experts compute different functions")
     form = forms.pop()
     linear = modules[0].get_submodule(form.up[0])
-    reasons = []
+    refusals, failures = [], []
     for call in _calls(owner):
         make = partial(inputs, call, linear.weight, linear.in_features, len(modules))
         try:
             return _batched(owner, experts, form, make, uses)
         except Refused as error:
-            reasons.append(str(error))
+            refusals.append(str(error))
         except Exception as error:
-            reasons.append(
+            failures.append(
                 f"its forward cannot be traced: {type(error).__name__}: {str(error).splitlines()[0]}"
             )
-    raise Refused(reasons[0] if reasons else "its forward takes neither x nor x, ids and weights")
+    # what was understood and refused says more than a call of another shape that failed
+    raise Refused([*refusals, *failures, "its forward takes neither x nor x, ids and weights"][0])
 
 
 def _calls(owner: nn.Module) -> Iterator[Given]:
@@ -139,7 +140,7 @@ def _batched(
     stacks = Stacks(owner, _groups(owner, experts, form), uses)
     try:
         batched = copy.copy(owner)
-        weights = [owner.get_parameter(f"{experts.paths[0]}.{path}.weight") for path in (*form.up, form.down)]
+        weights = [p for path in experts.paths for p in owner.get_submodule(path).parameters()]
         vars(batched).update(dsopt_stacks=stacks, dsopt_weights=weights)
         for name in _STACKS:
             vars(batched)[f"dsopt_{name}"] = stacks.tensors.get(name)
@@ -266,9 +267,9 @@ def _replace(traced: Trace, found: _Found, form: Form, experts: Experts) -> None
     needs = traced.dependencies()
     for node in traced.decided:
         behind = reachable([node], needs, static=False)
-        if found.ids not in behind and any(
-            n.op in ("placeholder", "get_attr", "call_module") for n in behind
-        ):
+        by_values = any(n.op in ("placeholder", "get_attr", "call_module") for n in behind)
+        by_outputs = any(n.op == "call_module" and n.target in experts.paths for n in behind)
+        if by_outputs or (by_values and found.ids not in behind):
             raise Refused(f"its forward decides by something else than the ids: {node.format_node()}")
     # in-place methods return the tensor they were called on
     same = [n for n in order if values.get(n) is values[found.result]]

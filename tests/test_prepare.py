@@ -16,6 +16,7 @@ from loops import (
     Merged,
     Plain,
     Pool,
+    Router,
     Sorted,
     Stacked,
 )
@@ -287,6 +288,44 @@ class Weighted(Stacked):
         return super().forward(hidden * scores.sum(-1, keepdim=True), index, torch.ones_like(scores))
 
 
+class Bounded(Inline):
+    """What large numbers come to is kept within limits."""
+
+    def forward(self, hidden):
+        y, logits = super().forward(hidden)
+        return y.clamp(-50.0, 50.0), logits
+
+
+class BoundedTokens(nn.Module):
+    """The experts see tokens kept within limits, which small ones do not show."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList([Gated() for _ in range(EXPERTS)])
+        self.gate = Router()
+
+    def forward(self, x):
+        ids, weights = self.gate(x)
+        tokens = x.reshape(-1, HIDDEN)
+        total = torch.zeros_like(tokens)
+        for e in range(EXPERTS):
+            rows, slots = torch.where(ids == e)
+            if rows.numel():
+                y = self.experts[e](tokens[rows].clamp(-6.0, 6.0)) * weights[rows, slots].unsqueeze(-1)
+                total.index_add_(0, rows, y.to(tokens.dtype))
+        return total.view(x.shape)
+
+
+class Rescaled(Sorted):
+    """Decides by what the experts gave."""
+
+    def infer(self, x, ids, weights):
+        y = super().infer(x, ids, weights)
+        if y.abs().max() > 100.0:
+            y = y / y.abs().max()
+        return y
+
+
 def _hooked():
     block = Inline()
     block.experts[1].down_proj.register_forward_hook(lambda *_: None)
@@ -319,10 +358,26 @@ def _subclass():
     return block
 
 
+def test_a_frozen_expert_costs_the_others_no_gradient():
+    model = model_of(Inline)
+    for p in model.blocks[0].experts[0].parameters():
+        p.requires_grad_(False)
+    expected = copy.deepcopy(model)
+    x = tokens(2, 20)
+    expected(x).sum().backward()
+    compiled(model, strict=False)(x).sum().backward()
+    for p, want in zip(model.parameters(), expected.parameters(), strict=True):
+        assert (p.grad is None) == (want.grad is None)
+        assert want.grad is None or relative_l2(p.grad, want.grad) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
         (Crowded, "its result differs"),
+        (Bounded, "its result differs"),
+        (BoundedTokens, "its result differs"),
+        (Rescaled, "decides by something else than the ids"),
         (Counting, "keeps 'seen' from one call to the next"),
         (Remembering, "keeps 'last' from one call to the next"),
         (ByLength, "decides by something else than the ids"),
