@@ -146,12 +146,12 @@ class AsTheyLie:
 
 
 def _run(call: Given, layout: Layout):
-    roles = {role: name for name, role in call.items() if isinstance(role, Role)}
     names = [name for name, role in call.items() if isinstance(role, Role)]
+    x, ids, weights = (next(name for name in names if call[name] == role) for role in ("x", "ids", "weights"))
 
     def run(self, *args, **kwargs):
         given = dict(zip(names, args, strict=False)) | kwargs
-        return layout.experts(self, *(given[roles[r]] for r in ("x", "ids", "weights")))
+        return layout.experts(self, given[x], given[ids], given[weights])
 
     return run
 
