@@ -37,7 +37,7 @@ import dsopt
 from dsopt.capture import graph_breaks
 from dsopt.census import FAMILIES
 from dsopt.files import write_text
-from dsopt.models.families import Family, build, families, tiny
+from dsopt.models.families import Family, build, families, in_bfloat16, tiny
 from dsopt.numerics import relative_l2
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,7 +109,7 @@ def measure(family: Family) -> dict[str, Any]:
     ids = ids[:, : PROMPT + 1]
     model = build(tiny(family, choose_all=True))
     truth, of = most_exact(model, ids)
-    model = model.bfloat16()
+    model = in_bfloat16(model)
     own = distance(outputs(model, ids), truth)
     got, bfloat16 = compiled(model, ids)
     bfloat16 |= {"error": distance(got, truth), "error_of_eager": own, "truth": of}

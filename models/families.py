@@ -285,3 +285,12 @@ def build(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
             if "bias" in name and b.is_floating_point():
                 b.uniform_(-0.1, 0.1)
     return model.eval()
+
+
+def in_bfloat16(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in bfloat16 as transformers loads one: some weights and what is computed stay in float32. In place."""
+    kept = [re.compile(rf"(^|\.){re.escape(name)}($|\.)") for name in model._keep_in_fp32_modules_strict]
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point() and not any(pattern.search(name) for pattern in kept):
+            tensor.data = tensor.data.bfloat16()
+    return model
