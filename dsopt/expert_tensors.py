@@ -17,11 +17,8 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsopt.expert_calls import (
     Given,
@@ -33,12 +30,11 @@ from dsopt.expert_calls import (
     inputs,
     settings,
     tensors_of,
+    undisturbed,
 )
 from dsopt.expert_form import Refused
 from dsopt.numerics import rand, relative_l2
 from dsopt.ops.experts import ACTIVATIONS
-
-_LOOPS = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 @dataclass(frozen=True)
@@ -93,21 +89,44 @@ class Layout:
         )
 
 
+@torch.no_grad()
 def is_loop(owner: nn.Module) -> bool:
     """True for a module of stacked weights whose forward asks for the values of the ids it is given."""
     widths = {width for _, width in _layouts(owner)}
-    asked = False
     for call, width in itertools.product(_calls(owner) if widths else (), sorted(widths)):
         given = tensors_of(inputs(call, next(owner.parameters()), width, 2, 3, 0))
         try:
-            with FakeTensorMode(allow_non_fake_inputs=True):
-                type(owner).forward(copy.copy(owner), **given)
-            return False
-        except _LOOPS:
-            asked = True
+            with undisturbed(owner), _AsksInPython() as python, _AsksInOps() as ops:
+                type(owner).forward(owner, **given)
+        except Refused:
+            pass
         except Exception:  # not the width or the order it is called with
             continue
-    return asked
+        return python.asked or ops.asked
+    return False
+
+
+class _AsksInOps(TorchDispatchMode):
+    """Notes operators whose result, or its shape, follows from values: nonzero, item, indexing with a mask."""
+
+    asked = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        by_values = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output} & set(func.tags)
+        if func is torch.ops.aten.index.Tensor:
+            by_values = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+        self.asked |= bool(by_values)
+        return func(*args, **(kwargs or {}))
+
+
+class _AsksInPython(TorchFunctionMode):
+    """Notes the ways to read a tensor that no operator stands for."""
+
+    asked = False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.asked |= func in (torch.Tensor.tolist, torch.Tensor.numpy)
+        return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()

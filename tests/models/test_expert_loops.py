@@ -68,3 +68,12 @@ def test_a_call_is_one_graph(family, dtype):
     assert {"moe_experts", "moe_route"} <= {k.op for k in graph.kernels} and graph.fallback is None
     slack = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
     assert relative_l2(got, want) <= 1.5 * relative_l2(eager, want) + slack
+
+
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_no_loop_is_left_to_the_passes(implementation, dtype, caplog):
+    model = build("v2", dtype)
+    model.set_experts_implementation(implementation)
+    assert dsopt.report(dsopt.compile(model, strict=True)).prepared == []
+    assert not caplog.records
