@@ -15,6 +15,7 @@ import dsopt
 
 PROMPTS = (5, 9, 3, 12, 7)
 FUSED = {"rms_norm", "add_rms_norm", "rope", "multi_linear", "gated_mlp", "mla_attention"}
+FUSED |= {"moe_route", "moe_experts"}
 
 
 def prompt(length: int, batch: int = 1) -> torch.Tensor:
