@@ -14,6 +14,7 @@ import torch
 from torch.fx import GraphModule
 
 from dsopt.capture import capture, flat, from_export, map_tensors, unflat
+from dsopt.interpreter import interpreted, triton_interpreter
 from dsopt.numerics import rand, relative_l2
 from dsopt.op import Kernel, Op
 from dsopt.ops import OPS
@@ -29,11 +30,13 @@ __all__ = [
     "check_repeats",
     "check_samples",
     "exported",
+    "interpreted",
     "poisoned",
     "rand",
     "relative_l2",
     "rewritten",
     "run_kernel",
+    "triton_interpreter",
     "truth",
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
