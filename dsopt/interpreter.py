@@ -13,25 +13,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
 
+from dsopt.gpu import Capability, imitate
 from dsopt.op import Kernel
 
-Capability = tuple[int, int]
 # Triton's name of a type that NumPy lacks -> PyTorch's type, which knows how to convert it
 _STORED = {"bf16": torch.bfloat16, "fp8e4nv": torch.float8_e4m3fn, "fp8e5": torch.float8_e5m2}
 _BITS = {"bf16": torch.uint16, "fp8e4nv": torch.uint8, "fp8e5": torch.uint8}
-_capability: ContextVar[Capability | None] = ContextVar("capability", default=None)
-
-
-def imitated_capability() -> Capability | None:
-    """The compute capability that the open `triton_interpreter` stands for; None where none is open."""
-    return _capability.get()
 
 
 @contextlib.contextmanager
@@ -48,17 +42,14 @@ def triton_interpreter(capability: Capability = (9, 0)) -> Iterator[None]:
     """
     from triton.runtime import interpreter, jit
 
-    token = _capability.set(capability)
-    try:
-        with contextlib.ExitStack() as stack:
-            replace = _replacer(stack)
-            _interpret_launches(replace, interpreter, jit)
-            _repair_scalars(replace, interpreter)
-            _repair_builder(replace, interpreter)
-            _repair_reductions(replace, interpreter)
-            yield
-    finally:
-        _capability.reset(token)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(imitate(capability))
+        replace = replacer(stack)
+        _interpret_launches(replace, interpreter, jit)
+        _repair_scalars(replace, interpreter)
+        _repair_builder(replace, interpreter)
+        _repair_reductions(replace, interpreter)
+        yield
 
 
 def interpreted(kernel: Kernel, capability: Capability = (9, 0)) -> Kernel:
@@ -81,7 +72,7 @@ def interpreted(kernel: Kernel, capability: Capability = (9, 0)) -> Kernel:
     return dataclasses.replace(kernel, plan=plan, check=check, device="cpu")
 
 
-def _replacer(stack: contextlib.ExitStack) -> Callable[[Any, str, Callable], None]:
+def replacer(stack: contextlib.ExitStack) -> Callable[[Any, str, Callable], None]:
     """`replace(owner, name, make)` sets owner.name to make(what it was), until the stack closes.
 
     Raises AttributeError for a name that this version of Triton does not have, unless `added` says it is new.
@@ -96,27 +87,28 @@ def _replacer(stack: contextlib.ExitStack) -> Callable[[Any, str, Callable], Non
 
 def _interpret_launches(replace: Callable, interpreter: Any, jit: Any) -> None:
     """Functions that were compiled ones when `triton.jit` made them are interpreted as well."""
-    from triton.language import tensor
+    from triton import language
 
     def run(compiled):
         return lambda self, *args, **kwargs: interpreter.InterpretedFunction(self.fn).run(*args, **kwargs)
 
     def call(compiled):
-        def call_inside(self, *args, **kwargs):
-            # Triton leaves the language patched after such a call, which breaks compiling in this process
-            scope = interpreter._patch_lang(self.fn)
-            try:
-                return interpreter.InterpretedFunction(self.fn).rewrite()(*args, **kwargs)
-            finally:
-                scope.restore()
+        return lambda self, *args, **kwargs: interpreter.InterpretedFunction(self.fn).rewrite()(
+            *args, **kwargs
+        )
 
-        return call_inside
+    def patch_lang(original):
+        # Triton patches its language for each function called and leaves it so, which breaks compiling later; once a
+        # launch, for both names of the language, is enough and is undone
+        both = SimpleNamespace(__globals__={"tl": language, "core": language.core})
+        return lambda fn: original(both)
 
     replace(jit.JITFunction, "run", run)
     replace(jit.JITFunction, "__call__", call)
-    for name, member in list(vars(tensor).items()):
+    replace(interpreter, "_patch_lang", patch_lang)
+    for name, member in list(vars(language.tensor).items()):
         if isinstance(member, jit.JITFunction):  # x.sum(0): only plain functions become methods
-            replace(tensor, name, lambda fn: lambda *args, **kwargs: fn(*args, **kwargs))
+            replace(language.tensor, name, lambda fn: lambda *args, **kwargs: fn(*args, **kwargs))
 
 
 def _repair_scalars(replace: Callable, interpreter: Any) -> None:

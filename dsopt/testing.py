@@ -81,9 +81,17 @@ def check_kernel(
     return taken
 
 
-def check_samples(kernel: Kernel, device: torch.device | str, dtype: torch.dtype) -> int:
-    """`check_call` on every sample of the kernel's op; the number of calls that were not refused."""
-    return sum(check_call(kernel, args) for args in _samples(kernel, device, dtype))
+def check_samples(
+    kernel: Kernel, device: torch.device | str, dtype: torch.dtype, largest: int | None = None
+) -> int:
+    """`check_call` on every sample of the kernel's op; the number of calls that were not refused.
+
+    largest: leaves out samples of more elements than that, for kernels that are slow where they are tried.
+    """
+    samples = _samples(kernel, device, dtype)
+    if largest is not None:
+        samples = [args for args in samples if sum(x.numel() for x in _tensors(args)) <= largest]
+    return sum(check_call(kernel, args) for args in samples)
 
 
 def check_layout(

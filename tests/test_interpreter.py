@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsopt import interpreter
+from dsopt import gpu, interpreter
 from dsopt.op import Kernel
 from dsopt.ops.norm import rms_norm
 from dsopt.testing import check_kernel, interpreted, rand, triton_interpreter
@@ -294,10 +294,12 @@ def test_a_kernel_for_gpus_is_tried_on_the_cpu():
     seen = []
 
     def plan(x, weight, eps):
-        seen.append(interpreter.imitated_capability())
+        seen.append(gpu.capability(x.device))
         return rms_norm.reference
 
     kernel = Kernel("rms_norm", "triton", plan, device="cuda", dtypes=frozenset({torch.float32}))
     assert kernel.refuses((torch.ones(2, 4), None, 1e-6)) == "needs device cuda, got cpu"
     assert check_kernel(interpreted(kernel, (8, 0)))
-    assert set(seen) == {(8, 0)} and interpreter.imitated_capability() is None
+    assert set(seen) == {(8, 0)}
+    with pytest.raises(ValueError, match="needs a GPU"):
+        gpu.capability(torch.device("cpu"))
