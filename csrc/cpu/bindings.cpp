@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 
 #include "dsopt/kernels.h"
@@ -67,10 +68,120 @@ void register_mla_attention(py::module_& m) {
       "Absorbed latent attention. sizes: batch, heads, tokens, cached, rank, nope, rope, value.");
 }
 
+// address, stride of the first and of the second dimension
+using Stack = std::array<int64_t, 3>;
+
+Tensor3 tensor(const Stack& t) { return {pointer(static_cast<uintptr_t>(t[0])), t[1], t[2]}; }
+
+// gate, up, down, their biases; rows of gate
+using PyMlps = std::tuple<std::array<Stack, 6>, int64_t, Activation, float>;
+
+Mlps mlps(const PyMlps& m) {
+  const auto& [t, intermediate, activation, limit] = m;
+  return {tensor(t[0]), tensor(t[1]), tensor(t[2]), tensor(t[3]), tensor(t[4]), tensor(t[5]), intermediate,
+          activation, limit};
+}
+
+void register_moe_experts(py::module_& m) {
+  py::enum_<Activation>(m, "Activation")
+      .value("silu", Activation::silu)
+      .value("gelu", Activation::gelu)
+      .value("gelu_tanh", Activation::gelu_tanh)
+      .value("relu", Activation::relu)
+      .value("relu2", Activation::relu2)
+      .value("swiglu_oai", Activation::swiglu_oai);
+  m.def(
+      "moe_experts",
+      [](const std::array<int64_t, 5>& sizes, uintptr_t x, int64_t x_stride, const Stack& ids, const Stack& weights,
+         const PyMlps& routed, const PyMlps& shared, uintptr_t out, bool bfloat16) {
+        const auto [tokens, hidden, out_hidden, topk, num_experts] = sizes;
+        const MoeExperts args{tokens, hidden, out_hidden, topk, num_experts, pointer(x), x_stride,
+                              static_cast<const int64_t*>(tensor(ids).data), ids[1], ids[2],
+                              static_cast<const float*>(tensor(weights).data), weights[1], weights[2], mlps(routed),
+                              mlps(shared), writable(out), bfloat16 ? Dtype::bfloat16 : Dtype::float32};
+        active_isa();
+        py::gil_scoped_release nogil;
+        moe_experts(args);
+        trim_scratch();
+      },
+      "Experts and a shared MLP. sizes: tokens, hidden, out_hidden, topk, num_experts.");
+}
+
+void register_multi_linear(py::module_& m) {
+  m.def(
+      "multi_linear",
+      [](uintptr_t x, int64_t x_stride, int64_t tokens, int64_t in_features,
+         const std::vector<std::array<int64_t, 5>>& weights, bool bfloat16) {
+        std::vector<MultiLinear::Weight> all;
+        all.reserve(weights.size());
+        for (const auto& [data, stride, out_features, bias, out] : weights) {
+          all.push_back({pointer(static_cast<uintptr_t>(data)), stride, out_features,
+                         pointer(static_cast<uintptr_t>(bias)), writable(static_cast<uintptr_t>(out))});
+        }
+        const MultiLinear args{tokens, in_features, static_cast<int64_t>(all.size()), pointer(x), x_stride, all.data(),
+                               bfloat16 ? Dtype::bfloat16 : Dtype::float32};
+        active_isa();
+        py::gil_scoped_release nogil;
+        multi_linear(args);
+        trim_scratch();
+      },
+      "Linear layers of one input. weights: address, row stride, out_features, bias or 0, out of each.");
+}
+
+void register_moe_route(py::module_& m) {
+  py::enum_<Scoring>(m, "Scoring")
+      .value("softmax", Scoring::softmax)
+      .value("sigmoid", Scoring::sigmoid)
+      .value("sqrtsoftplus", Scoring::sqrtsoftplus);
+  m.def(
+      "moe_route",
+      [](uintptr_t logits, int64_t stride, uintptr_t bias, uintptr_t weights, uintptr_t ids,
+         const std::array<int64_t, 5>& sizes, float outside, float eps, float scale, Scoring scoring, bool top2,
+         bool renormalize, bool bfloat16) {
+        const auto [tokens, num_experts, topk, num_groups, topk_groups] = sizes;
+        const MoeRoute args{pointer(logits), stride, static_cast<const float*>(pointer(bias)),
+                            static_cast<float*>(writable(weights)), static_cast<int64_t*>(writable(ids)), tokens,
+                            num_experts, topk, num_groups, topk_groups, outside, eps, scale, scoring, top2,
+                            renormalize, bfloat16 ? Dtype::bfloat16 : Dtype::float32};
+        active_isa();
+        py::gil_scoped_release nogil;
+        moe_route(args);
+      },
+      "Choice of experts. sizes: tokens, num_experts, topk, num_groups, topk_groups.");
+}
+
+void register_rope(py::module_& m) {
+  using Table = std::pair<uintptr_t, std::array<int64_t, 3>>;
+  m.def(
+      "rope",
+      [](const std::array<int64_t, 4>& sizes, const Table& x, const Table& cos, const Table& sin, uintptr_t out,
+         bool interleaved_in, bool interleaved_out, bool full_tables, bool bfloat16, bool bfloat16_tables) {
+        Rope args{};
+        std::copy(sizes.begin(), sizes.end(), args.sizes);
+        args.x = pointer(x.first), args.cos = pointer(cos.first), args.sin = pointer(sin.first);
+        std::copy(x.second.begin(), x.second.end(), args.x_strides);
+        std::copy(cos.second.begin(), cos.second.end(), args.cos_strides);
+        std::copy(sin.second.begin(), sin.second.end(), args.sin_strides);
+        args.out = writable(out);
+        args.interleaved_in = interleaved_in, args.interleaved_out = interleaved_out;
+        args.full_tables = full_tables;
+        args.dtype = bfloat16 ? Dtype::bfloat16 : Dtype::float32;
+        args.table_dtype = bfloat16_tables ? Dtype::bfloat16 : Dtype::float32;
+        active_isa();
+        py::gil_scoped_release nogil;
+        rope(args);
+      },
+      "Rotary embedding. sizes: three outer dimensions and the width; x, cos, sin: address and outer strides.");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
   register_isa(m);
   register_rms_norm(m);
   register_mla_attention(m);
+  register_moe_experts(m);
+  register_multi_linear(m);
+  register_moe_route(m);
+  register_rope(m);
 }

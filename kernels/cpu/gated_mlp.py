@@ -1,13 +1,23 @@
-"""Gated MLP: three GEMMs of `multi_linear`'s kind, the activation in place between them."""
+"""Native gated MLP: the experts' kernel with one MLP that all tokens pass; for many tokens ATen's."""
 
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import silu
 
-from dsopt.kernels.cpu.multi_linear import linear
+from dsopt.kernels.cpu.moe_experts import (
+    ACTIVATIONS,
+    NO_MLPS,
+    NOTHING,
+    UNLIMITED,
+    check_weights,
+    dense_rows,
+    matrix,
+)
+from dsopt.kernels.cpu.multi_linear import many_tokens
+from dsopt.kernels.cpu.native import _cpu
+from dsopt.kernels.cpu.rms_norm import DTYPES
+from dsopt.kernels.torch.gated_mlp import gated_mlp as aten_gated_mlp
 from dsopt.op import Kernel
-from dsopt.ops.linear import refuse_variants
 
 
 def gated_mlp(
@@ -21,22 +31,59 @@ def gated_mlp(
     activation: str = "silu",
     limit: float | None = None,
 ) -> torch.Tensor:
-    hidden = silu(linear(x, w_gate, b_gate), inplace=True)
-    return linear(hidden.mul_(linear(x, w_up, b_up)), w_down, b_down)
+    if many_tokens(x):
+        return aten_gated_mlp(x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation, limit)
+    *tokens, hidden = x.shape
+    out_hidden, intermediate = w_down.shape
+    out = torch.empty(*tokens, out_hidden, dtype=x.dtype)
+    if not out.numel():
+        return out
+    x = x.reshape(-1, hidden)
+    if not dense_rows(x):
+        x = x.contiguous()
+    operands = (w_gate, w_up, w_down, b_gate, b_up, b_down)
+    mlp = (
+        tuple(map(matrix, operands)),
+        intermediate,
+        ACTIVATIONS[activation],
+        UNLIMITED if limit is None else limit,
+    )
+    _cpu.moe_experts(
+        (x.shape[0], hidden, out_hidden, 0, 0),
+        x.data_ptr(),
+        x.stride(0),
+        NOTHING,
+        NOTHING,
+        NO_MLPS,
+        mlp,
+        out.data_ptr(),
+        x.dtype == torch.bfloat16,
+    )
+    return out
 
 
-def _check(*args) -> str | None:
-    return refuse_variants(*args[7:])
+def _plan(*args):
+    _cpu.isa()  # a bad DSOPT_ISA is reported here rather than in the middle of a model
+    return gated_mlp
 
 
-KERNELS = (
-    Kernel(
-        op="gated_mlp",
-        backend="cpu",
-        plan=lambda *_: gated_mlp,
-        check=_check,
-        device="cpu",
-        dtypes=frozenset({torch.bfloat16}),
-        priority=20,
-    ),
-)
+def _check(x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation, limit) -> str | None:
+    if activation not in ACTIVATIONS:
+        return f"computes {', '.join(ACTIVATIONS)}, got activation {activation}"
+    hidden, (out_hidden, intermediate) = x.shape[-1], w_down.shape
+    if 0 in (hidden, intermediate):
+        return f"needs a hidden and an intermediate width, got {hidden} and {intermediate}"
+    return check_weights(
+        x.dtype,
+        {
+            "w_gate": (w_gate, (intermediate, hidden)),
+            "w_up": (w_up, (intermediate, hidden)),
+            "w_down": (w_down, (out_hidden, intermediate)),
+            "b_gate": (b_gate, (intermediate,)),
+            "b_up": (b_up, (intermediate,)),
+            "b_down": (b_down, (out_hidden,)),
+        },
+    )
+
+
+KERNELS = (Kernel("gated_mlp", "cpu", _plan, _check, device="cpu", dtypes=DTYPES, priority=20),)

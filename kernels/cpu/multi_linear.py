@@ -1,8 +1,7 @@
-"""Sibling projections: ATen's GEMMs, in float32 where this chip multiplies bfloat16 slowly.
+"""Native sibling projections: one sweep over the rows of all weights, in their stored layout.
 
-Without instructions for bfloat16 products oneDNN reaches a fraction of its float32 rate, so for many tokens it is
-cheaper to widen each weight, a block of rows at a time, than to multiply in bfloat16. For few tokens reading
-the weight dominates and ATen's own GEMV stays.
+Sums are in float32 and in an order that does not depend on the number of tokens or threads. For many tokens, where a
+product is no longer bound by reading the weights, ATen's GEMM takes over where it is the faster of the two.
 """
 
 from __future__ import annotations
@@ -10,46 +9,81 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch.nn.functional import linear as aten_linear
 
+from dsopt.capture import known
+from dsopt.kernels.cpu.moe_experts import dense_rows
 from dsopt.kernels.cpu.native import _cpu
+from dsopt.kernels.cpu.rms_norm import DTYPES
+from dsopt.kernels.torch.gemm import bfloat16_is_slow
+from dsopt.kernels.torch.gemm import linear as aten_linear
 from dsopt.op import Kernel
 
-# tokens from which widening the weight pays; measured equal near 25 on an AVX-512 chip without such products
-MANY_TOKENS = 32
-# float32 copy of one block of weight rows; small enough to stay out of the memory peak
-BLOCK_BYTES = 16 << 20
-
-HAS_BFLOAT16_PRODUCTS = "avx512_bf16" in _cpu.isas()
+# Tokens from which ATen's GEMM is the faster, as measured by benchmarks/bench_linear.py on an AVX-512 chip without
+# bfloat16 products, where ATen must widen the weights. More than 64, so that the answers to a few new tokens do not
+# depend on the batch they come in.
+MANY_TOKENS = {torch.float32: 72, torch.bfloat16: 192 if bfloat16_is_slow() else 72}
 
 
-def linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x @ w.T + bias, x (..., in_features) and w (out_features, in_features) of one dtype; see the module."""
-    tokens = x.shape[:-1].numel()
-    if x.dtype != torch.bfloat16 or tokens < MANY_TOKENS or HAS_BFLOAT16_PRODUCTS:
-        return aten_linear(x, w, bias)
-    wide = x.float()
-    out = torch.empty(*x.shape[:-1], w.shape[0], dtype=x.dtype)
-    rows = max(1, BLOCK_BYTES // (4 * max(1, w.shape[1])))
-    for start in range(0, w.shape[0], rows):
-        block = slice(start, start + rows)
-        out[..., block] = aten_linear(wide, w[block].float(), None if bias is None else bias[block].float())
-    return out
+def many_tokens(x: torch.Tensor) -> bool:
+    """Whether x (..., hidden) has so many tokens that ATen's GEMM is the faster one."""
+    return x.numel() >= MANY_TOKENS[x.dtype] * x.shape[-1] > 0
+
+
+def native(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
+) -> list[torch.Tensor]:
+    """As multi_linear, always by the native kernel. Rows of weights must be dense."""
+    *tokens, in_features = x.shape
+    rows = (
+        x
+        if x.ndim == 2
+        else x.reshape(-1, in_features)
+        if in_features
+        else x.new_empty(x[..., :1].numel(), 0)
+    )
+    if not dense_rows(rows):
+        rows = rows.contiguous()
+    outs, table = [], []
+    for w, bias in zip(weights, biases, strict=True):
+        out = torch.empty(*tokens, w.shape[0], dtype=x.dtype)
+        outs.append(out)
+        table.append(
+            (w.data_ptr(), w.stride(0), w.shape[0], 0 if bias is None else bias.data_ptr(), out.data_ptr())
+        )
+    _cpu.multi_linear(
+        rows.data_ptr(), rows.stride(0), rows.shape[0], in_features, table, x.dtype == torch.bfloat16
+    )
+    return outs
 
 
 def multi_linear(
     x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
 ) -> list[torch.Tensor]:
-    return [linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
+    if many_tokens(x):
+        return [aten_linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
+    return native(x, weights, biases)
 
 
-KERNELS = (
-    Kernel(
-        op="multi_linear",
-        backend="cpu",
-        plan=lambda *_: multi_linear,
-        device="cpu",
-        dtypes=frozenset({torch.bfloat16}),
-        priority=20,
-    ),
-)
+def _plan(*args):
+    _cpu.isa()  # a bad DSOPT_ISA is reported here rather than in the middle of a model
+    return multi_linear
+
+
+def _check(x, weights, biases) -> str | None:
+    for i, (w, bias) in enumerate(zip(weights, biases, strict=True)):
+        if w.dtype != x.dtype or w.device.type != "cpu":
+            return f"needs weight {i} of x's dtype {x.dtype} on the CPU, got {w.dtype} on {w.device}"
+        if w.ndim != 2 or known(w.shape[1] != x.shape[-1]):
+            return f"needs weight {i} of {x.shape[-1]} columns, got {list(w.shape)}"
+        if not dense_rows(w):
+            return f"needs dense rows of weight {i}, got strides {w.stride()}"
+        if bias is None:
+            continue
+        if bias.dtype != x.dtype or bias.device.type != "cpu" or bias.stride() != (1,):
+            return f"needs a dense bias {i} of {x.dtype} on the CPU, got {bias.dtype} on {bias.device}"
+        if bias.shape != w.shape[:1]:
+            return f"needs bias {i} of shape {list(w.shape[:1])}, got {list(bias.shape)}"
+    return None
+
+
+KERNELS = (Kernel("multi_linear", "cpu", _plan, _check, device="cpu", dtypes=DTYPES, priority=20),)

@@ -49,7 +49,82 @@ struct MlaAttention {
   bool causal;
 };
 
+enum class Activation { silu, gelu, gelu_tanh, relu, relu2, swiglu_oai };
+
+// A stack of MLPs: down @ (act(gate) * up) with gate and up = w @ x + b, or down @ act(gate) without up.
+// Biases: address, elements from one MLP to the next, from one row to the next; or null.
+struct Mlps {
+  Tensor3 gate, up, down;
+  Tensor3 gate_bias, up_bias, down_bias;
+  int64_t intermediate;
+  Activation activation;
+  float limit;  // infinity for none
+};
+
+// out[t] = shared(x[t]) + sum_k weights[t][k] * routed[ids[t][k]](x[t]); meaning as
+// dsopt.ops.experts.moe_experts_reference, and gated_mlp_reference if nothing is routed
+struct MoeExperts {
+  int64_t tokens, hidden, out_hidden, topk, num_experts;
+  const void* x;
+  int64_t x_stride;
+  const int64_t* ids;
+  int64_t ids_stride0, ids_stride1;
+  const float* weights;
+  int64_t weights_stride0, weights_stride1;
+  Mlps routed;
+  Mlps shared;  // one MLP, or intermediate 0 for none
+  void* out;    // tokens x out_hidden, dense
+  Dtype dtype;
+};
+
+// out[i] = x @ w[i]^T + bias[i] for `count` weights
+struct MultiLinear {
+  int64_t tokens, in_features, count;
+  const void* x;
+  int64_t x_stride;
+  struct Weight {
+    const void* data;
+    int64_t stride, out_features;
+    const void* bias;  // dense, or null
+    void* out;         // tokens x out_features, dense
+  };
+  const Weight* weights;
+  Dtype dtype;
+};
+
+enum class Scoring { softmax, sigmoid, sqrtsoftplus };
+
+// weights and ids of the topk experts of each token; meaning as dsopt.ops.route.moe_route_reference
+struct MoeRoute {
+  const void* logits;  // tokens x num_experts
+  int64_t stride;
+  const float* bias;  // or null
+  float* weights;     // tokens x topk, dense, as ids
+  int64_t* ids;
+  int64_t tokens, num_experts, topk, num_groups, topk_groups;
+  float outside, eps, scale;
+  Scoring scoring;
+  bool top2, renormalize;
+  Dtype dtype;
+};
+
+// Rotary embedding; meaning as dsopt.ops.rope.rope_reference
+struct Rope {
+  int64_t sizes[4];          // three outer dimensions and dim
+  const void* x;             // elements of a row are neighbours
+  const void *cos, *sin;     // likewise; rows of dim, or of dim / 2
+  int64_t x_strides[3], cos_strides[3], sin_strides[3];
+  void* out;                 // dense
+  bool interleaved_in, interleaved_out;
+  bool full_tables;          // rows of dim
+  Dtype dtype, table_dtype;
+};
+
 }  // namespace dsopt
 
 DSOPT_KERNEL(rms_norm, RmsNorm)
 DSOPT_KERNEL(mla_attention, MlaAttention)
+DSOPT_KERNEL(moe_experts, MoeExperts)
+DSOPT_KERNEL(multi_linear, MultiLinear)
+DSOPT_KERNEL(moe_route, MoeRoute)
+DSOPT_KERNEL(rope, Rope)

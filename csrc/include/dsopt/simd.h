@@ -105,6 +105,14 @@ DSOPT_INLINE void store(Bf16* p, Vec v) {
   __builtin_memcpy(p, &h, sizeof h);
 }
 
+DSOPT_INLINE void store(float* p, float x) { *p = x; }
+
+DSOPT_INLINE void store(Bf16* p, float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  p->bits = x == x ? static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : uint16_t{0x7fff};
+}
+
 DSOPT_INLINE float to_float(float x) { return x; }
 
 DSOPT_INLINE float to_float(Bf16 x) {

@@ -1,0 +1,242 @@
+// Gated MLPs: those each token chose, weighted and summed, and one that all tokens pass.
+//
+// Choices are sorted by expert, so that the weights of an expert are read once however many tokens chose it.
+// First the intermediate activations of all choices, a block of weight rows at a time; then blocks of output
+// columns, each summed over the experts in ascending order. One thread owns a block, so the order of every sum
+// is fixed by the token alone.
+#include <math.h>
+
+#include "dsopt/dots.h"
+#include "dsopt/kernels.h"
+#include "dsopt/math.h"
+#include "dsopt/parallel.h"
+
+namespace dsopt::DSOPT_VARIANT {
+namespace {
+
+// weight rows of an item of work
+constexpr int64_t kBlock = 32;
+static_assert(kBlock % kStep == 0);
+
+template <class F>
+DSOPT_INLINE Vec map(Vec x, F f) {
+  for (int i = 0; i < kLanes; ++i) x[i] = f(x[i]);
+  return x;
+}
+
+DSOPT_INLINE Vec activate(Vec x, Activation activation) {
+  switch (activation) {
+    case Activation::silu: return x * sigmoid(x);
+    case Activation::swiglu_oai: return x * sigmoid(x * 1.702f);
+    case Activation::relu: return x < Vec{} ? Vec{} : x;
+    case Activation::relu2: return x < Vec{} ? Vec{} : x * x;
+    case Activation::gelu: return map(x, [](float v) { return 0.5f * v * (1.0f + erff(v * 0.70710678f)); });
+    case Activation::gelu_tanh:
+      return map(x, [](float v) { return 0.5f * v * (1.0f + tanhf(0.79788456f * (v + 0.044715f * v * v * v))); });
+  }
+  return x;
+}
+
+// the MLPs of one expert, and who passes it
+struct Unit {
+  const Mlps* mlps;
+  int64_t index;         // of the MLP in its stack
+  int64_t first, count;  // its choices
+};
+
+template <class T>
+struct Experts {
+  using Element = typename Packing<T>::Element;
+  const MoeExperts& a;
+  int64_t choices = 0;  // of routed experts; the shared one's follow
+  int64_t units = 0;
+  int64_t x_width, h_width;
+  int64_t shared_blocks = 0, routed_blocks = 0;
+  int64_t columns;  // of an item of the second part
+  int threads;
+
+  Unit* unit;
+  int64_t* token;  // [choice]
+  float* weight;   // [choice]
+  Element* x;      // [token][x_width]
+  Element* h;      // [choice][h_width]
+  float* private_memory;
+
+  explicit Experts(const MoeExperts& args) : a(args) {
+    const int64_t most = a.tokens * a.topk + (a.shared.intermediate ? a.tokens : 0);
+    x_width = packed_width(a.hidden);
+    h_width = packed_width(max(a.routed.intermediate, a.shared.intermediate));
+    // wide blocks read the activations less often
+    columns = most >= 64 ? 4 * kBlock : kBlock;
+    threads = team_size(3 * a.hidden * (a.tokens * a.topk * a.routed.intermediate + a.tokens * a.shared.intermediate));
+
+    const auto bytes = [](int64_t count, int64_t size) { return round_up(count * size, 64); };
+    const int64_t units_bytes = bytes(a.num_experts + 1, sizeof(Unit));
+    const int64_t token_bytes = bytes(most, sizeof(int64_t)), weight_bytes = bytes(most, sizeof(float));
+    const int64_t x_bytes = bytes(a.tokens * x_width, sizeof(Element));
+    const int64_t h_bytes = bytes(most * h_width, sizeof(Element));
+    const int64_t private_bytes = bytes(a.tokens * columns, sizeof(float));
+    char* at = static_cast<char*>(scratch(static_cast<unsigned long>(
+        units_bytes + token_bytes + weight_bytes + x_bytes + h_bytes + threads * private_bytes)));
+    const auto take = [&](int64_t size) { return (at += size) - size; };
+    unit = reinterpret_cast<Unit*>(take(units_bytes));
+    token = reinterpret_cast<int64_t*>(take(token_bytes));
+    weight = reinterpret_cast<float*>(take(weight_bytes));
+    x = reinterpret_cast<Element*>(take(x_bytes));
+    h = reinterpret_cast<Element*>(take(h_bytes));
+    private_memory = reinterpret_cast<float*>(at);
+
+    sort();
+  }
+
+  int64_t id(int64_t t, int64_t k) const { return a.ids[t * a.ids_stride0 + k * a.ids_stride1]; }
+
+  // the shared expert, then each chosen one with its choices; an id that is no expert's is dropped
+  void sort() {
+    for (int64_t e = 0; e <= a.num_experts; ++e) unit[e] = {&a.routed, e, 0, 0};
+    for (int64_t t = 0; t < a.tokens; ++t) {
+      for (int64_t k = 0; k < a.topk; ++k) {
+        if (id(t, k) >= 0 && id(t, k) < a.num_experts) ++unit[id(t, k)].count;
+      }
+    }
+    for (int64_t e = 0; e < a.num_experts; ++e) {
+      unit[e].first = choices;
+      choices += unit[e].count;
+      unit[e].count = 0;
+    }
+    for (int64_t t = 0; t < a.tokens; ++t) {
+      for (int64_t k = 0; k < a.topk; ++k) {
+        if (id(t, k) < 0 || id(t, k) >= a.num_experts) continue;
+        Unit& chosen = unit[id(t, k)];
+        const int64_t at = chosen.first + chosen.count++;
+        token[at] = t;
+        weight[at] = a.weights[t * a.weights_stride0 + k * a.weights_stride1];
+      }
+    }
+    for (int64_t e = 0; e < a.num_experts; ++e) {
+      if (unit[e].count) unit[units++] = unit[e];
+    }
+    routed_blocks = (a.routed.intermediate + kBlock - 1) / kBlock;
+    if (!a.shared.intermediate) return;
+    for (int64_t u = units++; u > 0; --u) unit[u] = unit[u - 1];
+    unit[0] = {&a.shared, 0, choices, a.tokens};
+    for (int64_t t = 0; t < a.tokens; ++t) token[choices + t] = t, weight[choices + t] = 1.0f;
+    shared_blocks = (a.shared.intermediate + kBlock - 1) / kBlock;
+  }
+
+  // rows from `first` on of one matrix of a stack, or elements of one vector
+  static Rows<T> rows(const Tensor3& w, int64_t index, int64_t first) {
+    return {static_cast<const T*>(w.data) + index * w.stride0 + first * w.stride1, w.stride1};
+  }
+
+  static void add_bias(const Tensor3& bias, int64_t index, int64_t first, int64_t n, float* values) {
+    if (!bias.data) return;
+    const Rows<T> b = rows(bias, index, first);
+    for (int64_t i = 0; i < n; ++i) values[i] += to_float(b.data[i * b.stride]);
+  }
+
+  // h[choices] of `n` intermediate features from `first` on
+  void intermediate(const Unit& u, int64_t first) const {
+    const Mlps& m = *u.mlps;
+    const int64_t n = min(kBlock, m.intermediate - first);
+    const Rows<T> gate = rows(m.gate, u.index, first), up = rows(m.up, u.index, first);
+    for (int64_t c = u.first; c < u.first + u.count; c += kTileTokens) {
+      const int64_t count = min(kTileTokens, u.first + u.count - c);
+      const Element* tokens[kTileTokens];
+      for (int64_t i = 0; i < count; ++i) tokens[i] = x + token[c + i] * x_width;
+      // zeros behind the last feature: what is packed there meets weights that are none
+      float g[kTileTokens][kBlock] = {}, v[kTileTokens][kBlock] = {};
+      dot_rows(gate, n, tokens, count, a.hidden, &g[0][0], kBlock);
+      if (m.up.data) dot_rows(up, n, tokens, count, a.hidden, &v[0][0], kBlock);
+      for (int64_t i = 0; i < count; ++i) {
+        add_bias(m.gate_bias, u.index, first, n, g[i]);
+        if (m.up.data) add_bias(m.up_bias, u.index, first, n, v[i]);
+        activate_block(m, g[i], v[i], n);
+        Element* to = h + (c + i) * h_width;
+        for (int64_t j = 0; j < min(kBlock, packed_width(m.intermediate) - first); ++j) {
+          store(to + Packing<T>::place(first + j), g[i][j]);
+        }
+      }
+    }
+  }
+
+  // g = act(g) * v for the first n of a block, zeros behind
+  static void activate_block(const Mlps& m, float* g, const float* v, int64_t n) {
+    for (int64_t j = 0; j < kBlock; j += kLanes) {
+      Vec gate = load(g + j), up = load(v + j);
+      if (m.up.data) {
+        const Vec limit = splat(m.limit);
+        gate = gate > limit ? limit : gate;
+        up = up > limit ? limit : up < -limit ? -limit : up;
+        if (m.activation == Activation::swiglu_oai) up += 1.0f;
+        store(g + j, activate(gate, m.activation) * up);
+      } else {
+        store(g + j, activate(gate, m.activation));
+      }
+    }
+    for (int64_t j = n; j < kBlock; ++j) g[j] = 0.0f;
+  }
+
+  // out[:, first : first + columns], sums in `acc` (tokens x columns)
+  void output(int64_t first, float* acc) const {
+    const int64_t n = min(columns, a.out_hidden - first);
+    for (int64_t i = 0; i < a.tokens * columns; ++i) acc[i] = 0.0f;
+    for (int64_t i = 0; i < units; ++i) {
+      for (int64_t at = 0; at < n; at += kBlock) add_unit(unit[i], first + at, min(kBlock, n - at), acc + at);
+    }
+    for (int64_t t = 0; t < a.tokens; ++t) {
+      T* out = static_cast<T*>(a.out) + t * a.out_hidden + first;
+      const float* sums = acc + t * columns;
+      int64_t i = 0;
+      for (; i + kLanes <= n; i += kLanes) store(out + i, load(sums + i));
+      if (i < n) store_some(out + i, load(sums + i), n - i);
+    }
+  }
+
+  // adds what a unit gives to n <= kBlock columns from `first` on
+  void add_unit(const Unit& u, int64_t first, int64_t n, float* acc) const {
+    const Mlps& m = *u.mlps;
+    const Rows<T> down = rows(m.down, u.index, first);
+    for (int64_t c = u.first; c < u.first + u.count; c += kTileTokens) {
+      const int64_t count = min(kTileTokens, u.first + u.count - c);
+      const Element* hidden[kTileTokens];
+      for (int64_t i = 0; i < count; ++i) hidden[i] = h + (c + i) * h_width;
+      float y[kTileTokens][kBlock] = {};
+      dot_rows(down, n, hidden, count, m.intermediate, &y[0][0], kBlock);
+      for (int64_t i = 0; i < count; ++i) {
+        add_bias(m.down_bias, u.index, first, n, y[i]);
+        float* to = acc + token[c + i] * columns;
+        const Vec w = splat(weight[c + i]);
+        for (int64_t j = 0; j < kBlock; j += kLanes) store(to + j, madd(load(y[i] + j), w, load(to + j)));
+      }
+    }
+  }
+
+  void run() const {
+    const int64_t shared_units = shared_blocks ? 1 : 0;
+    Phase packing{a.tokens};
+    Phase features{shared_blocks + (units - shared_units) * routed_blocks};
+    Phase outputs{(a.out_hidden + columns - 1) / columns};
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+      packing.run([&](int64_t t) { pack(static_cast<const T*>(a.x) + t * a.x_stride, a.hidden, x + t * x_width); });
+      packing.wait();
+      features.run([&](int64_t i) {
+        if (i < shared_blocks) return intermediate(unit[0], i * kBlock);
+        i -= shared_blocks;
+        intermediate(unit[shared_units + i / routed_blocks], i % routed_blocks * kBlock);
+      });
+      features.wait();
+      float* acc = private_memory + thread_index() * round_up(a.tokens * columns, 16);
+      outputs.run([&](int64_t i) { output(i * columns, acc); });
+    }
+  }
+};
+
+}  // namespace
+
+void moe_experts(const MoeExperts& args) {
+  args.dtype == Dtype::float32 ? Experts<float>(args).run() : Experts<Bf16>(args).run();
+}
+
+}  // namespace dsopt::DSOPT_VARIANT

@@ -1,0 +1,156 @@
+"""Native experts: the weights of each chosen expert are read once, where they lie, however many tokens chose it.
+
+Everything between x and the output is in float32, beside float32 or bfloat16 weights, and summed in an order that a
+token's own choices fix: its answer does not depend on the batch around it or on the number of threads.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dsopt.capture import known
+from dsopt.kernels.cpu.native import _cpu
+from dsopt.kernels.cpu.rms_norm import DTYPES
+from dsopt.op import Kernel
+
+Stack = tuple[int, int, int]
+
+ACTIVATIONS = _cpu.Activation.__members__
+UNLIMITED = float("inf")
+NOTHING: Stack = (0, 0, 0)
+NO_MLPS = ((NOTHING,) * 6, 0, _cpu.Activation.silu, UNLIMITED)
+_NO_CHOICES = (1, 0, 0)
+
+
+def stack(w: torch.Tensor | None) -> Stack:
+    """Address and first two strides of a stack of matrices (rows are dense) or of vectors; zeros for None."""
+    return NOTHING if w is None else (w.data_ptr(), *w.stride()[:2])
+
+
+def matrix(w: torch.Tensor | None) -> Stack:
+    """A matrix, or a vector as a matrix of one column, as a stack of one."""
+    return NOTHING if w is None else (w.data_ptr(), 0, w.stride(0))
+
+
+def dense_rows(w: torch.Tensor) -> bool:
+    return w.stride(-1) == 1 or w.shape[-1] == 1
+
+
+def moe_experts(
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    w3: torch.Tensor | None = None,
+    b13: torch.Tensor | None = None,
+    b2: torch.Tensor | None = None,
+    b3: torch.Tensor | None = None,
+    activation: str = "silu",
+    gated: bool = True,
+    interleaved: bool = False,
+    limit: float | None = None,
+    shared_gate: torch.Tensor | None = None,
+    shared_up: torch.Tensor | None = None,
+    shared_down: torch.Tensor | None = None,
+) -> torch.Tensor:
+    num_tokens, hidden = x.shape
+    num_experts, out_hidden, intermediate = w2.shape
+    topk = ids.shape[1]
+    if ids.shape != weights.shape or ids.shape[0] != num_tokens:
+        raise ValueError(
+            f"ids and weights must be ({num_tokens}, topk) both, got {list(ids.shape)} and {list(weights.shape)}"
+        )
+    if not dense_rows(x):
+        x = x.contiguous()
+    ids, weights = ids.long(), weights.float()
+    out = torch.empty(num_tokens, out_hidden, dtype=x.dtype)
+    gate, up = _halves(stack(w13), stack(w3), w13.element_size(), intermediate, gated, interleaved)
+    gate_bias, up_bias = _halves(stack(b13), stack(b3), w13.element_size(), intermediate, gated, interleaved)
+    routed = (
+        (gate, up, stack(w2), gate_bias, up_bias, stack(b2)),
+        intermediate,
+        ACTIVATIONS[activation],
+        UNLIMITED if limit is None else limit,
+    )
+    shared = NO_MLPS
+    if shared_gate is not None:
+        mats = (matrix(shared_gate), matrix(shared_up), matrix(shared_down))
+        shared = ((*mats, *NO_MLPS[0][3:]), shared_gate.shape[0], _cpu.Activation.silu, UNLIMITED)
+    _cpu.moe_experts(
+        (num_tokens, hidden, out_hidden, topk, num_experts),
+        x.data_ptr(),
+        x.stride(0),
+        stack(ids) if ids.numel() else _NO_CHOICES,
+        stack(weights) if ids.numel() else _NO_CHOICES,
+        routed,
+        shared,
+        out.data_ptr(),
+        x.dtype == torch.bfloat16,
+    )
+    return out
+
+
+def _halves(
+    first: Stack, second: Stack, item: int, intermediate: int, gated: bool, interleaved: bool
+) -> tuple[Stack, Stack]:
+    """Gate's and up's part of what lies in `first`, or in `first` and `second`: matrices or biases."""
+    address, expert, row = first
+    if not gated or second is not NOTHING or first is NOTHING:
+        return first, second
+    if interleaved:
+        return (address, expert, 2 * row), (address + row * item, expert, 2 * row)
+    return first, (address + intermediate * row * item, expert, row)
+
+
+def _plan(*args):
+    _cpu.isa()  # a bad DSOPT_ISA is reported here rather than in the middle of a model
+    return moe_experts
+
+
+def _check(
+    x, ids, weights, w13, w2, w3, b13, b2, b3, activation, gated, interleaved, limit,
+    shared_gate, shared_up, shared_down,
+) -> str | None:  # fmt: skip
+    if activation not in ACTIVATIONS:
+        return f"computes {', '.join(ACTIVATIONS)}, got activation {activation}"
+    num_experts, out_hidden, intermediate = w2.shape
+    hidden, rows = x.shape[1], intermediate * (2 if gated and w3 is None else 1)
+    wanted = {
+        "w13": (w13, (num_experts, rows, hidden)),
+        "w2": (w2, (num_experts, out_hidden, intermediate)),
+        "w3": (w3, (num_experts, intermediate, hidden)),
+        "b13": (b13, (num_experts, rows)),
+        "b3": (b3, (num_experts, intermediate)),
+        "b2": (b2, (num_experts, out_hidden)),
+    }
+    if shared_gate is not None:
+        inner = shared_gate.shape[0]
+        wanted |= {
+            "shared_gate": (shared_gate, (inner, hidden)),
+            "shared_up": (shared_up, (inner, hidden)),
+            "shared_down": (shared_down, (out_hidden, inner)),
+        }
+    return check_weights(x.dtype, wanted)
+
+
+def check_weights(
+    dtype: torch.dtype, wanted: dict[str, tuple[torch.Tensor | None, tuple[int, ...]]]
+) -> str | None:
+    """Why weights are not read where they lie, or None: another dtype, device or shape, or rows that are not dense.
+
+    wanted: name -> tensor or None, and the shape it must have.
+    """
+    for name, (w, shape) in wanted.items():
+        if w is None:
+            continue
+        if w.dtype != dtype or w.device.type != "cpu":
+            return f"needs {name} of x's dtype {dtype} on the CPU, got {w.dtype} on {w.device}"
+        if w.ndim != len(shape) or any(known(a != b) for a, b in zip(w.shape, shape, strict=True)):
+            return f"needs {name} of shape {list(shape)}, got {list(w.shape)}"
+        if not name.startswith("b") and not dense_rows(w):
+            return f"needs dense rows of {name}, got strides {w.stride()}"
+    return None
+
+
+KERNELS = (Kernel("moe_experts", "cpu", _plan, _check, device="cpu", dtypes=DTYPES, priority=20),)

@@ -1,0 +1,80 @@
+"""Native routing: one pass per token over its scores, the row in the first-level cache; float32 or bfloat16 logits."""
+
+from __future__ import annotations
+
+import torch
+
+from dsopt.capture import known
+from dsopt.kernels.cpu.moe_experts import dense_rows
+from dsopt.kernels.cpu.native import _cpu
+from dsopt.kernels.cpu.rms_norm import DTYPES
+from dsopt.op import Kernel
+
+SCORING = _cpu.Scoring.__members__
+BIAS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def moe_route(
+    logits: torch.Tensor,
+    topk: int,
+    scoring: str = "softmax",
+    bias: torch.Tensor | None = None,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+    group_score: str = "max",
+    outside: float | None = None,
+    renormalize: bool = False,
+    eps: float = 0.0,
+    scale: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    *tokens, num_experts = logits.shape
+    weights = torch.empty(*tokens, topk, dtype=torch.float32)
+    ids = torch.empty(*tokens, topk, dtype=torch.int64)
+    rows = logits if logits.ndim == 2 else logits.reshape(-1, num_experts)
+    if not dense_rows(rows):
+        rows = rows.contiguous()
+    if bias is not None:
+        bias = bias.to(torch.float32).contiguous()
+    _cpu.moe_route(
+        rows.data_ptr(),
+        rows.stride(0),
+        0 if bias is None else bias.data_ptr(),
+        weights.data_ptr(),
+        ids.data_ptr(),
+        (rows.shape[0], num_experts, topk, num_groups, topk_groups),
+        float("-inf") if outside is None else outside,
+        eps,
+        scale,
+        SCORING[scoring],
+        group_score == "top2",
+        renormalize,
+        logits.dtype == torch.bfloat16,
+    )
+    return weights, ids
+
+
+def _plan(*args):
+    _cpu.isa()  # a bad DSOPT_ISA is reported here rather than in the middle of a model
+    return moe_route
+
+
+def _check(logits, topk, scoring, bias, num_groups, *rest) -> str | None:
+    num_experts = logits.shape[-1]
+    if logits.ndim == 0 or not (
+        0 <= topk <= num_experts and num_groups > 0 and num_experts % num_groups == 0
+    ):
+        return (
+            f"needs topk <= experts in groups of one size, got {topk} of {num_experts} in {num_groups} groups"
+        )
+    if scoring not in SCORING:
+        return f"computes {', '.join(SCORING)}, got scoring {scoring}"
+    if bias is None:
+        return None
+    if bias.dtype not in BIAS_DTYPES or bias.device.type != "cpu":
+        return f"needs a float32, bfloat16 or float16 bias on the CPU, got {bias.dtype} on {bias.device}"
+    if bias.ndim != 1 or known(bias.shape[0] != num_experts):
+        return f"needs a bias of shape [{num_experts}], got {list(bias.shape)}"
+    return None
+
+
+KERNELS = (Kernel("moe_route", "cpu", _plan, _check, device="cpu", dtypes=DTYPES, priority=20),)

@@ -1,0 +1,168 @@
+"""The native linear layers, MLPs and experts: sizes around their blocks, bits that only a row's own operands decide."""
+
+import pytest
+import torch
+
+from dsopt import _cpu
+from dsopt.kernels.cpu import gated_mlp as mlp_kernel
+from dsopt.kernels.cpu import moe_experts as experts_kernel
+from dsopt.kernels.cpu import moe_route as route_kernel
+from dsopt.kernels.cpu import multi_linear as linear_kernel
+from dsopt.ops import OPS
+from dsopt.ops.experts import moe_experts
+from dsopt.ops.linear import multi_linear
+from dsopt.testing import poisoned, rand, relative_l2, truth
+
+CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.bfloat16)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.fixture(params=_cpu.isas())
+def isa(request):
+    _cpu.set_isa(request.param)
+    yield request.param
+    _cpu.set_isa()
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def experts_case(dtype, tokens, experts=9, topk=3, hidden=70, inner=50, seed=0):
+    r = rand(CPU, dtype, seed)
+    ids = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(seed)).argsort(-1)[:, :topk]
+    w13, w2 = r(experts, 2 * inner, hidden) * hidden**-0.5, r(experts, hidden, inner) * inner**-0.5
+    return r(tokens, hidden), ids, r(tokens, topk).float().softmax(-1), w13, w2
+
+
+@each_dtype
+def test_linear_sizes(dtype, isa):
+    """Every number of tokens of a tile, rows around a tile and a block, depths around a step and a pass."""
+    r = rand(CPU, dtype)
+    for tokens in (1, 2, 3, 4, 5, 6, 7, 13):
+        for widths, depth in (
+            ((1, 9), 1),
+            ((8, 63), 31),
+            ((64, 65, 3), 33),
+            ((130,), 64),
+            ((5, 4), 1030),
+            ((4,), 2049),
+        ):
+            args = (
+                r(tokens, depth),
+                [r(n, depth) * depth**-0.5 for n in widths],
+                [None if n % 2 else r(n) for n in widths],
+            )
+            with poisoned():
+                got = linear_kernel.native(*args)
+            for mine, want in zip(got, truth(multi_linear, args), strict=True):
+                assert mine.shape == want.shape and mine.is_contiguous()
+                assert relative_l2(mine, want) <= multi_linear.tolerance[dtype], (tokens, widths, depth)
+
+
+@each_dtype
+def test_a_row_of_a_linear_layer_has_the_same_bits_in_any_company(dtype, isa, threads):
+    r = rand(CPU, dtype)
+    x, weights = r(17, 2080), [r(70, 2080), r(131, 2080)]
+    threads(1)
+    want = linear_kernel.native(x, weights, [None, None])
+    for rows in (slice(0, 1), slice(3, 5), slice(4, 8), slice(9, 17)):
+        for y, whole in zip(linear_kernel.native(x[rows], weights, [None, None]), want, strict=True):
+            assert torch.equal(y, whole[rows])
+    threads(2)
+    for y, whole in zip(linear_kernel.native(x, weights, [None, None]), want, strict=True):
+        assert torch.equal(y, whole)
+    alone = linear_kernel.native(x, [weights[1][5:6]], [None])[0]
+    assert torch.equal(alone, want[1][:, 5:6])
+
+
+@each_dtype
+def test_a_token_has_the_same_bits_in_any_company(dtype, isa, threads):
+    """Through experts and a dense MLP, whoever else chose the same experts."""
+    x, ids, weights, w13, w2 = experts_case(dtype, 90)
+    r = rand(CPU, dtype, 5)
+    shared = [r(40, 70) * 0.1, r(40, 70) * 0.1, r(70, 40) * 0.1]
+
+    def run(rows):
+        plain = (x[rows], ids[rows], weights[rows], w13, w2)
+        routed = experts_kernel.moe_experts(*plain)
+        both = experts_kernel.moe_experts(*moe_experts.bind(plain)[:-3], *shared)
+        return routed, both, mlp_kernel.gated_mlp(x[rows][:16], *shared)
+
+    threads(1)
+    want = run(slice(0, 90))
+    for rows in (slice(0, 1), slice(0, 3), slice(0, 16), slice(0, 65)):
+        for y, whole in zip(run(rows), want, strict=True):
+            assert torch.equal(y, whole[: len(y)])
+    threads(2)
+    for _ in range(3):
+        for y, whole in zip(run(slice(0, 90)), want, strict=True):
+            assert torch.equal(y, whole)
+
+
+@each_dtype
+def test_expert_sizes(dtype, isa):
+    for tokens, size in (
+        (1, {"hidden": 1, "inner": 1}),
+        (3, {"hidden": 31, "inner": 33}),
+        (8, {"hidden": 64, "inner": 64, "experts": 2, "topk": 2}),
+        (14, {"hidden": 129, "inner": 127, "experts": 1, "topk": 1}),
+        (200, {"hidden": 40, "inner": 20, "experts": 300, "topk": 8}),
+        (5, {"hidden": 2056, "inner": 1100, "experts": 3, "topk": 2}),
+    ):
+        args = moe_experts.bind(experts_case(dtype, tokens, **size))
+        with poisoned():
+            got = experts_kernel.moe_experts(*args)
+        assert relative_l2(got, truth(moe_experts, args)[0]) <= moe_experts.tolerance[dtype], (tokens, size)
+
+
+def test_experts_nobody_chose_are_not_read(isa):
+    x, ids, weights, w13, w2 = experts_case(torch.float32, 6)
+    ids = ids.clamp(max=4)
+    want = experts_kernel.moe_experts(x, ids, weights, w13, w2)
+    w13[5:], w2[5:] = float("nan"), float("nan")
+    assert torch.equal(experts_kernel.moe_experts(x, ids, weights, w13, w2), want)
+
+
+def test_one_spoilt_token_spoils_no_other(isa):
+    x, ids, weights, w13, w2 = experts_case(torch.float32, 12)
+    want = experts_kernel.moe_experts(x, ids, weights, w13, w2)
+    x[4] = float("nan")
+    got = experts_kernel.moe_experts(x, ids, weights, w13, w2)
+    assert got[4].isnan().all() and torch.equal(got[torch.arange(12) != 4], want[torch.arange(12) != 4])
+
+
+@each_dtype
+def test_many_tokens_of_a_linear_layer(dtype, isa):
+    """Beyond the number from which another GEMM takes over, and at it."""
+    r = rand(CPU, dtype)
+    w = [r(24, 40) * 40**-0.5, r(7, 40)]
+    for tokens in (linear_kernel.MANY_TOKENS[dtype] - 1, linear_kernel.MANY_TOKENS[dtype], 260):
+        args = r(tokens, 40), w, [r(24), None]
+        for mine, want in zip(linear_kernel.multi_linear(*args), truth(multi_linear, args), strict=True):
+            assert relative_l2(mine, want) <= multi_linear.tolerance[dtype]
+
+
+def test_refusals():
+    x, ids, weights, w13, w2 = experts_case(torch.float32, 2)
+    experts, linear, mlp, route = (
+        k.KERNELS[0] for k in (experts_kernel, linear_kernel, mlp_kernel, route_kernel)
+    )
+
+    def reason(kernel, *args):
+        return kernel.refuses(OPS[kernel.op].bind(args))
+
+    assert "w2 of x's dtype" in reason(experts, x, ids, weights, w13, w2.bfloat16())
+    assert "w13 of shape" in reason(experts, x, ids, weights, w13[:, :-1], w2)
+    assert "dense rows of w13" in reason(experts, x, ids, weights, w13.mT.contiguous().mT, w2)
+    assert "activation" in reason(experts, x, ids, weights, w13, w2, None, None, None, None, "mish")
+    assert "weight 1 of" in reason(linear, x, [w13[0], w2[0]], [None, None])
+    assert "bias 0 of shape" in reason(linear, x, [w13[0]], [torch.ones(3)])
+    assert "w_gate of shape" in reason(mlp, x, w13[0], w13[0], w2[0].mT)
+    assert "needs a bias of shape [9]" in reason(route, torch.zeros(2, 9), 2, "sigmoid", torch.zeros(8))
+    with pytest.raises(ValueError, match="ids and weights"):
+        experts_kernel.moe_experts(x, ids[:1], weights, w13, w2)
