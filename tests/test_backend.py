@@ -59,7 +59,7 @@ def ops(model) -> list[str]:
         ({"kernels": {"rms": "torch"}}, "unknown op 'rms'; known ops: rms_norm, add_rms_norm, rope"),
         (
             {"kernels": {"rms_norm": "gpux"}},
-            "unknown backend 'gpux'; known backends: cpu, .*torch, reference",
+            "unknown backend 'gpux'; known backends: cpu, .*torch, .*reference",
         ),
         ({"passes": ["canonicalize", "fuse"]}, "unknown pass 'fuse'; known passes: canonicalize"),
         ({"fallback": "jit"}, "unknown fallback 'jit'; known fallbacks: inductor, eager"),
