@@ -1,8 +1,7 @@
-"""The command `dsopt`: demo, env, compile, verify. transformers and the commands' own modules load inside them."""
+"""The command `dsopt`: demo, env, compile, verify, bench. What only one of them needs loads inside it."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -11,7 +10,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dsopt.files import write_text
+from dsopt.bench.command import bench
+from dsopt.terminal import console as _console
+from dsopt.terminal import fail as _fail
+from dsopt.terminal import write as _write
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help="Kernel and graph optimizer for DeepSeek models."
@@ -59,25 +61,6 @@ def _root(
 
         print(dsopt.__version__)
         raise typer.Exit
-
-
-def _console(target: str | None) -> Console:
-    """Where tables go: standard output, or standard error when JSON takes standard output."""
-    console = Console(stderr=target == "-")
-    # a file or a pipe has no width of its own, and the default of 80 folds the tables
-    return console if console.is_terminal else Console(stderr=target == "-", width=120)
-
-
-def _write(data: dict[str, Any], target: str | None) -> None:
-    if target == "-":
-        print(json.dumps(data, indent=1))
-    elif target is not None:
-        write_text(target, json.dumps(data, indent=1) + "\n")
-
-
-def _fail(message: str) -> typer.Exit:
-    Console(stderr=True).print(f"[red]error[/] {message}", highlight=False)
-    return typer.Exit(1)
 
 
 def _need_transformers(at_least: tuple[int, int]) -> None:
@@ -311,3 +294,6 @@ def verify(
     _write(figures, json_file)
     if any(result.first for result in results.values()):
         raise typer.Exit(1)
+
+
+app.command()(bench)

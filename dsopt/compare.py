@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 
+from dsopt.bench.clock import medians
 from dsopt.capture import raise_recompile_limit
 from dsopt.models import presets
 
@@ -45,7 +45,13 @@ def ways(model: torch.nn.Module) -> dict[str, Callable]:
     return {"eager": model, "inductor": torch.compile(model), "dsopt": dsopt.compile(model)}
 
 
-def filled_cache(config: Any, cached: int, buffer: int | None = None, dtype: torch.dtype = torch.bfloat16):
+def filled_cache(
+    config: Any,
+    cached: int,
+    buffer: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+):
     """A StaticCache of `buffer` slots whose first `cached` hold random latents, as after a prefill."""
     from transformers import StaticCache
 
@@ -53,7 +59,7 @@ def filled_cache(config: Any, cached: int, buffer: int | None = None, dtype: tor
     generator = torch.Generator().manual_seed(cached)
     for layer in range(config.num_hidden_layers):
         latent, rope = (
-            torch.randn(1, 1, cached, width, generator=generator).to(dtype)
+            torch.randn(1, 1, cached, width, generator=generator).to(device, dtype)
             for width in (config.kv_lora_rank, config.qk_rope_head_dim)
         )
         cache.update(latent, rope, layer)
@@ -68,7 +74,7 @@ def rewind(cache: Any, cached: int) -> None:
 
 def decode(model: Callable, token: torch.Tensor, cache: Any, position: int) -> torch.Tensor:
     """Logits of one decode step that appends to the cache."""
-    positions = torch.tensor([[position]])
+    positions = torch.tensor([[position]], device=token.device)
     return model(
         input_ids=token, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
     ).logits
@@ -93,7 +99,7 @@ class Comparison:
     """Measures one model; each method returns plain data with one entry per way that works."""
 
     def __init__(self, model: torch.nn.Module, step: Callable[[str, str], None] = lambda phase, detail: None):
-        self.config = model.config
+        self.config, self.device, self.dtype = model.config, model.device, model.dtype
         self.ways = ways(model)
         self.failed: dict[str, str] = {}
         self.step = step
@@ -113,22 +119,29 @@ class Comparison:
     def _medians(
         self, what: str, call: Callable[[str], Any], repetitions: int, chosen: Collection[str]
     ) -> dict[str, float]:
-        seconds: dict[str, list[float]] = {way: [] for way in chosen}
-        for repetition in range(repetitions):
-            for way, taken in seconds.items():
-                self.step(what, f"{way}, {repetition + 1} of {repetitions}")
-                start = time.perf_counter()
+        def timed(way: str) -> Callable[[], None]:
+            def run() -> None:
                 call(way)
-                taken.append(time.perf_counter() - start)
-        return {way: statistics.median(taken) for way, taken in seconds.items()}
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+
+            return run
+
+        def tell(way: str, done: int) -> None:
+            self.step(what, f"{way}, {done + 1} of {repetitions}")
+
+        # the host's clock on a GPU too: what Python adds to a step is part of it
+        fns = {way: timed(way) for way in chosen}
+        times = medians(fns, budget=0.0, min_rounds=repetitions, tell=tell)
+        return {way: timing.seconds for way, timing in times.items()}
 
     @torch.inference_mode()
     def decode(
         self, cached: int, repetitions: int, buffer: int | None = None, only: Collection[str] = WAYS
     ) -> dict[str, Any]:
         """Seconds of a decode step with `cached` tokens in the cache, and each way's error against eager."""
-        cache = filled_cache(self.config, cached, buffer)
-        token = random_tokens(self.config.vocab_size, 1)
+        cache = filled_cache(self.config, cached, buffer, self.dtype, self.device)
+        token = random_tokens(self.config.vocab_size, 1).to(self.device)
         size = buffer or cached + ROOM
 
         def call(way: str) -> torch.Tensor:
@@ -149,7 +162,7 @@ class Comparison:
     @torch.inference_mode()
     def prefill(self, tokens: int, repetitions: int, only: Collection[str] = WAYS) -> dict[str, Any]:
         """Seconds of a forward pass over `tokens` new tokens, and each way's error against eager."""
-        prompt = random_tokens(self.config.vocab_size, tokens)
+        prompt = random_tokens(self.config.vocab_size, tokens).to(self.device)
 
         def call(way: str) -> torch.Tensor:
             return prefill(self.ways[way], prompt)
@@ -171,8 +184,8 @@ class Comparison:
         Random weights make close calls, so the smallest gap between eager's first and second choice is
         given with it: a way may differ where that gap is within the rounding of the logits.
         """
-        cache = filled_cache(self.config, cached)
-        tokens = [random_tokens(self.config.vocab_size, 1)]
+        cache = filled_cache(self.config, cached, dtype=self.dtype, device=self.device)
+        tokens = [random_tokens(self.config.vocab_size, 1).to(self.device)]
         gap = float("inf")
         chosen: dict[str, list[int]] = {way: [] for way in self.ways}
         for way, model in self.ways.items():
@@ -184,7 +197,7 @@ class Comparison:
                 chosen[way].append(int(best.indices[0]))
                 if way == "eager":
                     gap = min(gap, float(best.values[0] - best.values[1]))
-                    tokens.append(torch.tensor([[chosen[way][-1]]]))
+                    tokens.append(torch.tensor([[chosen[way][-1]]], device=self.device))
         same = {w: sum(a == b for a, b in zip(chosen["eager"], c)) for w, c in chosen.items()}
         return {"steps": steps, "same": same, "smallest_gap": gap}
 
@@ -207,10 +220,13 @@ def _resident(field: str) -> int:
     return int(re.search(rf"^{field}:\s+(\d+) kB", status, re.M)[1]) * 1024
 
 
-def cold_worker(way: str, preset: str, layers: int, cached: int) -> None:
+def cold_worker(way: str, preset: str, layers: int, cached: int, tiny: bool, threads: int) -> None:
     """Runs one way's first and second decode step in this process and prints the figures as JSON."""
     quiet()
-    model = presets.random_model(presets.config(presets.PRESETS[preset](), num_hidden_layers=layers))
+    torch.set_num_threads(threads)
+    values = presets.PRESETS[preset]()
+    values = presets.tiny(values) if tiny else values
+    model = presets.random_model(presets.config(values, num_hidden_layers=layers))
     with torch.inference_mode():
         cache = filled_cache(model.config, cached)
         token = random_tokens(model.config.vocab_size, 1)
@@ -229,23 +245,40 @@ def cold_worker(way: str, preset: str, layers: int, cached: int) -> None:
     print(json.dumps({"first_s": first, "compile_s": first - second, "peak_growth": peak - before}))
 
 
-def cold_start(way: str, preset: str, layers: int, cached: int) -> dict[str, float]:
-    """First decode step of one way in a fresh process with empty compiler caches.
+def starts(
+    way: str, preset: str, layers: int, cached: int, tiny: bool = False, count: int = 2
+) -> list[dict[str, float]]:
+    """First decode steps of one way in fresh processes that share compiler caches, which are empty at first.
 
-    compile_s: seconds of the first step beyond a second one; peak_growth: bytes of resident memory that the
-    first step needed at its peak beyond what was there before compiling.
+    The first entry is the cold start, the others are warm ones. first_s: seconds of the first step; compile_s: those
+    beyond a second one; peak_growth: bytes of resident memory that the first step needed at its peak beyond what was
+    there before compiling. tiny: at tiny widths. Raises RuntimeError with the last line a process said if it failed.
     """
+    args = way, preset, layers, cached, tiny, torch.get_num_threads()
+    found = []
     with tempfile.TemporaryDirectory() as folder:
         caches = dict.fromkeys(("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME"), folder)
-        code = f"from dsopt.compare import cold_worker; cold_worker({way!r}, {preset!r}, {layers}, {cached})"
-        # the empty folder is also the working directory: -c puts it first on the module path
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code],
-            cwd=folder,
-            env={**os.environ, **caches, "TOKENIZERS_PARALLELISM": "false"},
-            capture_output=True,
-            text=True,
-        )
-    if done.returncode:
-        raise RuntimeError((done.stderr.strip().splitlines() or ["failed without a message"])[-1])
-    return json.loads(done.stdout.strip().splitlines()[-1])
+        for _ in range(count):
+            # the empty folder is also the working directory: -c puts it first on the module path
+            done = subprocess.run(
+                [
+                    sys.executable,
+                    "-W",
+                    "ignore",
+                    "-c",
+                    f"from dsopt.compare import cold_worker; cold_worker{args}",
+                ],
+                cwd=folder,
+                env={**os.environ, **caches, "TOKENIZERS_PARALLELISM": "false"},
+                capture_output=True,
+                text=True,
+            )
+            if done.returncode:
+                raise RuntimeError((done.stderr.strip().splitlines() or ["failed without a message"])[-1])
+            found.append(json.loads(done.stdout.strip().splitlines()[-1]))
+    return found
+
+
+def cold_start(way: str, preset: str, layers: int, cached: int) -> dict[str, float]:
+    """The cold one of `starts`."""
+    return starts(way, preset, layers, cached, count=1)[0]

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 
 class Steps:
-    """Called with a phase and a detail at each step: a live line on a terminal, else one line a phase."""
+    """Called with a phase and a detail at each step: a live line on a terminal, else one line a phase.
+
+    Where `expect` has told how many parts there are, the line has a bar that `advance` moves.
+    """
 
     def __init__(self, console: Console):
         self.console = console
@@ -29,3 +39,10 @@ class Steps:
         elif phase not in self.said:
             self.console.print(f"  {phase}", style="dim", highlight=False, markup=False)
         self.said.add(phase)
+
+    def expect(self, parts: int) -> None:
+        self.progress.columns = (BarColumn(20), MofNCompleteColumn(), *self.progress.columns)
+        self.progress.update(self.task, total=parts)
+
+    def advance(self) -> None:
+        self.progress.advance(self.task)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-MIN_ROUNDS = 5
+MIN_ROUNDS = 3
 MAX_ROUNDS = 300
 _CYCLES_PER_SECOND = 2e9  # no GPU's clock is much faster
 
@@ -35,29 +35,37 @@ def medians(
     device: str = "cpu",
     min_rounds: int = MIN_ROUNDS,
     max_rounds: int = MAX_ROUNDS,
+    tell: Callable[[str, int], None] = lambda name, round: None,
 ) -> dict[str, Timing]:
     """The time of each function; they take turns, one call of each a round.
 
     arguments: called before each call, outside the time taken: what the function is called with.
     budget: seconds after which no further round begins, once there were `min_rounds`.
+    tell: called before each call on the host, outside the time taken, with its name and the number of the round.
     Every function should have been called before: the first calls compile, allocate and load.
     """
     if not fns:
         return {}
-    one_round = _cuda_round if device == "cuda" else _host_round
     taken: dict[str, list[float]] = {name: [] for name in fns}
     start = time.perf_counter()
     rounds = 0
     while rounds < min_rounds or (rounds < max_rounds and time.perf_counter() - start < budget):
-        for name, seconds in one_round(fns, arguments).items():
+        if device == "cuda":
+            results = _cuda_round(fns, arguments)
+        else:
+            results = _host_round(fns, arguments, lambda name, count=rounds: tell(name, count))
+        for name, seconds in results.items():
             taken[name].append(seconds)
         rounds += 1
     return {name: Timing(statistics.median(times), min(times), rounds) for name, times in taken.items()}
 
 
-def _host_round(fns: Mapping[str, Callable], arguments: Callable[[], tuple]) -> dict[str, float]:
+def _host_round(
+    fns: Mapping[str, Callable], arguments: Callable[[], tuple], tell: Callable[[str], None]
+) -> dict[str, float]:
     seconds = {}
     for name, fn in fns.items():
+        tell(name)
         args = arguments()
         start = time.perf_counter()
         result = fn(*args)
