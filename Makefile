@@ -3,19 +3,27 @@
 #   make demo       DeepSeek-V2-Lite and -V3 geometry in eager, Inductor and dsopt, side by side
 #   make test       the quick tests           make test-all   every test
 #   make lint       ruff check and format     make clean      remove .venv and everything built
+#   make aot        compiles the Triton kernels for GPUs that need not be here; fails where registers spill
 #
-# PYTHON=... names the interpreter to build .venv from; ARGS=... goes to the demo or to pytest.
+# PYTHON=... names the interpreter to build .venv from; ARGS=... goes to the demo, to pytest or to aot.
+#
+# On a machine with an NVIDIA GPU, in the interpreter PYTHON itself, without a .venv and without a network:
+#
+#   make gpu        the tests that need a GPU, and those of the CPU side under that machine's versions
+#   make gpu-bench PART=ops|moe|attn|model|sanitize     measures, with JSON in $OUT, or build/gpu
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint clean
+.PHONY: help setup demo test test-all lint aot gpu gpu-bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.dsopt-installed
 TORCH := torch==2.13.0
+# the version that make aot's verdict on spills is for
+TRITON := triton==3.6.0
 ARGS ?=
 # two workers of one thread each: most of a test is tracing, which knows one thread
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal
@@ -38,6 +46,15 @@ test-all: $(STAMP)
 lint: $(STAMP)
 	@$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+aot: $(STAMP)
+	@$(BIN)/python -m dsopt.aot $(ARGS)
+
+gpu:
+	@$(or $(PYTHON),python3) tests/gpu/run.py tests
+
+gpu-bench:
+	@$(or $(PYTHON),python3) tests/gpu/run.py $(or $(PART),ops)
 
 clean:
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
@@ -74,6 +91,7 @@ $(STAMP): $(SOURCES)
 	if [ $$gpu = no ]; then
 	  say "installing $(TORCH) (no NVIDIA GPU here)"
 	  install '$(TORCH)'
+	  if [ "$$(uname -sm)" = 'Linux x86_64' ]; then install '$(TRITON)'; fi
 	elif has_cuda_torch $(BIN)/python; then
 	  say "keeping the CUDA build of PyTorch that is installed"
 	else

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import re
 import subprocess
 import sys
@@ -23,10 +22,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from dsopt.files import write_text
+from dsopt import terminal
 from dsopt.gpu import Capability, imitate
 from dsopt.interpreter import replacer
 from dsopt.op import Kernel, kernels
@@ -180,13 +178,17 @@ def main(
     arch: Annotated[
         list[int] | None, typer.Option(help="Compute capabilities; 80, 90, 100 by default.")
     ] = None,
-    write: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    json_file: Annotated[
+        str | None,
+        typer.Option(
+            "--json", metavar="FILE", help="Write the figures as JSON to FILE; - is standard output."
+        ),
+    ] = None,
 ) -> None:
     """Compile every Triton kernel of the tree for GPUs that need not be there; fails where registers spill."""
     import triton
 
-    console = Console()
-    console = console if console.is_terminal else Console(width=160)  # a file has no width of its own
+    console = terminal.console(json_file)
     wanted = [divmod(a, 10) for a in arch] if arch else CAPABILITIES
     rows = []
     with console.status("") as status:
@@ -195,9 +197,7 @@ def main(
                 status.update(f"{kernel.label} for sm_{capability[0]}{capability[1]}")
                 rows += compile_kernel(kernel, capability)
     console.print(table(rows))
-    if write is not None:
-        figures = {"triton": triton.__version__, "kernels": [asdict(row) for row in rows]}
-        write_text(str(write), json.dumps(figures, indent=1) + "\n")
+    terminal.write({"triton": triton.__version__, "kernels": [asdict(row) for row in rows]}, json_file)
     spilled = [r for r in rows if r.spills]
     gated = triton.__version__.startswith(f"{GATE}.")
     console.print(f"{len(rows)} kernels under Triton {triton.__version__}, {len(spilled)} spill registers")
