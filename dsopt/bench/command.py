@@ -152,7 +152,7 @@ def _show(
         out.print(f"written: {json_file}", highlight=False)
     if plot is not None:
         try:
-            count = roofline.draw(plot, document, _machine_line(document))
+            count = roofline.draw(plot, document, _plot_title(document))
         except (ValueError, ImportError) as error:
             raise terminal.fail(str(error)) from error
         out.print(f"drawn: {plot}, {count} points", highlight=False)
@@ -164,6 +164,13 @@ def _machine_line(document: dict[str, Any]) -> str:
     return (
         f"{', '.join(names)}; {where['cpu']['processors']} processors; PyTorch {where['versions']['torch']}"
     )
+
+
+def _plot_title(document: dict[str, Any]) -> str:
+    what = [
+        ", ".join(dict.fromkeys(row[name] for row in document["rows"])) for name in ("op", "preset", "dtype")
+    ]
+    return f"{'; '.join(what)}\n{_machine_line(document)}"
 
 
 def _names(given: str | None) -> tuple[str, ...] | None:

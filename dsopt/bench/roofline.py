@@ -114,10 +114,11 @@ def _points(axes: Any, kernels: Sequence[dict[str, Any]], others: Sequence[dict[
 def _labels(axes: Any, kernels: Sequence[dict[str, Any]]) -> None:
     """A label right of each point, moved up where it would lie on another one's, with a line back to its point."""
     scale = axes.figure.dpi / 72
+    one_op = len({row["op"] for row in kernels}) == 1
     taken: list[tuple[float, float, float]] = []
     for row in sorted(kernels, key=_y):
         x, y = (float(v) / scale for v in axes.transData.transform((_x(row), _y(row))))
-        text = f"{row['name']} {size(row)}"
+        text = f"{row['name'].partition('.')[0] if one_op else row['name']} {size(row)}"
         width = 4.6 * len(text)
         place = y
         while any(

@@ -188,12 +188,18 @@ def _model_parts(request: Request, step: Steps) -> Iterator[Part]:
                         request.context or ((16,) if request.quick else defaults.context),
                         request.tokens or ((5,) if request.quick else defaults.prefill),
                         ways,
-                        () if i or request.device != "cpu" else (3,) if request.quick else defaults.overhead,
+                        () if i else _overhead_layers(request),
                         request.quick,
                     )
                     where = {"preset": preset, "layers": layers, "dtype": dtype}
                     where |= {"device": request.device, "threads": threads, "tiny": request.quick}
                     yield from _units(plan, where, step)
+
+
+def _overhead_layers(request: Request) -> Sequence[int]:
+    if request.device != "cpu":
+        return ()
+    return (request.layers or (3,))[:1] if request.quick else model.ModelPlan("", 0).overhead
 
 
 def _units(plan: model.ModelPlan, where: dict[str, Any], step: Steps) -> Iterator[Part]:

@@ -110,7 +110,14 @@ def _op_table(head: tuple, rows: Sequence[dict[str, Any]]) -> Table:
 
 def plain(title: str) -> Table:
     """An empty table with a title on the left and a line below its heading."""
-    return Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
 
 
 def _on(device: str, threads: int) -> str:

@@ -1,0 +1,98 @@
+"""Each script in benchmarks/ runs at tiny sizes, and its examples are commands that it takes."""
+
+import json
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+import dsopt
+from dsopt.bench import command, session
+from dsopt.ops import OPS
+
+ROOT = Path(dsopt.__file__).resolve().parents[1]
+SCRIPTS = {
+    "run": tuple(OPS),
+    "bench_attention": ("mla_attention", "rope"),
+    "bench_linear": ("multi_linear", "gated_mlp"),
+    "bench_model": ("model",),
+    "bench_moe": ("moe_route", "moe_experts"),
+    "bench_norm": ("rms_norm", "add_rms_norm"),
+}
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "benchmarks").is_dir(), reason="dsopt is installed without its sources"
+)
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """Runs a script in this process and returns its exit code."""
+
+    def start(name, *args):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *args])
+        monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"), run_name="__main__")
+        return ended.value.code or 0
+
+    return start
+
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "bench_model"])
+def test_a_script_measures_its_ops(start, name, tmp_path, capsys):
+    file = tmp_path / "result.json"
+    given = (
+        "--quick",
+        "--backend",
+        "torch",
+        "--baseline",
+        "eager",
+        *(("--tokens", "2") if name == "run" else ()),
+    )
+    assert start(name, *given, "--json", str(file), "--plot", str(tmp_path / "plot.png")) == 0
+    found = json.loads(file.read_text())
+    assert tuple(dict.fromkeys(row["op"] for row in found["rows"])) == SCRIPTS[name]
+    assert {row["name"] for row in found["rows"]} == {"eager", *(f"torch.{op}" for op in SCRIPTS[name])}
+    printed = capsys.readouterr().out
+    assert all(f"torch.{op}" in printed for op in SCRIPTS[name])
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_the_model_script_measures_rates_starts_and_overhead(start, tmp_path, capsys, fresh_dynamo):
+    pytest.importorskip("transformers")
+    file = tmp_path / "result.json"
+    assert start("bench_model", "--quick", "--layers", "1", "--baseline", "dsopt", "--json", str(file)) == 0
+    found = {row["what"]: row for row in json.loads(file.read_text())["models"]}
+    assert set(found) == {"start of dsopt", "overhead", "decode", "prefill"}
+    assert found["decode"]["tokens_per_s"]["dsopt"] > 0 and not found["decode"]["failed"]
+    assert {"first_s", "compile_s", "peak_growth"} == set(found["start of dsopt"]["warm"])
+    assert found["overhead"]["layers"] == 1 and found["overhead"]["whole"] > 0
+    printed = capsys.readouterr().out
+    for text in ("decode, 16 cached", "prefill of 5", "first step of a process", "guards", "allocation"):
+        assert text in printed
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_examples_are_shown_and_can_be_asked_for(start, name, capsys, monkeypatch, tmp_path):
+    assert start(name, "--help") == 0
+    examples = re.findall(
+        rf"^\s*python benchmarks/{name}\.py\b(.*?)(?:   *\S.*)?$", capsys.readouterr().out, re.M
+    )
+    assert len(examples) >= 3
+    asked = []
+    monkeypatch.setattr(command, "_run", lambda request, document, file: asked.append(request))
+    monkeypatch.setattr(command, "_show", lambda *_: None)
+    monkeypatch.setattr(command, "_check_files", lambda *_: None)
+    monkeypatch.setattr(session, "read_document", lambda path: session.new_document())
+    monkeypatch.setattr(session.torch.cuda, "is_available", lambda: True)
+    for example in examples:
+        assert start(name, *shlex.split(example, comments=True)) == 0, example
+    assert len(asked) == len(examples) and asked[0].ops == SCRIPTS[name]
+
+
+def test_the_readme_shows_each_script():
+    text = (ROOT / "README.md").read_text()
+    assert all(f"python benchmarks/{name}.py" in text for name in SCRIPTS)
