@@ -29,10 +29,12 @@ from dsopt.gpu import Capability, imitate
 from dsopt.interpreter import replacer
 from dsopt.op import Kernel, kernels
 from dsopt.ops import OPS
+from dsopt.progress import Steps
 
 CAPABILITIES: tuple[Capability, ...] = ((8, 0), (9, 0), (10, 0))
 BACKEND = "triton"
 GATE = "3.6"  # the version under which a spill is a failure
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,7 @@ def table(rows: list[Compiled]) -> Table:
     return drawn
 
 
+@app.command()
 def main(
     op: Annotated[list[str] | None, typer.Option(help="Ops to compile; all by default.")] = None,
     arch: Annotated[
@@ -188,14 +191,19 @@ def main(
     """Compile every Triton kernel of the tree for GPUs that need not be there; fails where registers spill."""
     import triton
 
+    if unknown := set(op or ()) - OPS.keys():
+        raise terminal.fail(f"unknown op {', '.join(sorted(unknown))}; known ops: {', '.join(OPS)}")
     console = terminal.console(json_file)
     wanted = [divmod(a, 10) for a in arch] if arch else CAPABILITIES
+    found = triton_kernels(op or ())
     rows = []
-    with console.status("") as status:
-        for kernel in triton_kernels(op or ()):
+    with Steps(terminal.console("-")) as step:
+        step.expect(len(found) * len(wanted))
+        for kernel in found:
             for capability in wanted:
-                status.update(f"{kernel.label} for sm_{capability[0]}{capability[1]}")
+                step(kernel.label, f"sm_{capability[0]}{capability[1]}")
                 rows += compile_kernel(kernel, capability)
+                step.advance()
     console.print(table(rows))
     terminal.write({"triton": triton.__version__, "kernels": [asdict(row) for row in rows]}, json_file)
     spilled = [r for r in rows if r.spills]
@@ -207,6 +215,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(main)
     app()

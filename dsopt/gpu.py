@@ -9,14 +9,19 @@ from contextvars import ContextVar
 import torch
 
 Capability = tuple[int, int]
-# multiprocessors of the largest chip of a generation: A100, H100 and H200, B200
-_MULTIPROCESSORS = {8: 108, 9: 132, 10: 148}
+# multiprocessors of the largest chip of a generation: A100, H100 and H200, B200, RTX PRO 6000
+_MULTIPROCESSORS = {8: 108, 9: 132, 10: 148, 12: 188}
 _imitated: ContextVar[Capability | None] = ContextVar("imitated", default=None)
 
 
 @contextlib.contextmanager
 def imitate(capability: Capability) -> Iterator[None]:
-    """While it is open, tensors on other devices than GPUs count as on a GPU of this compute capability."""
+    """While it is open, tensors on other devices than GPUs count as on a GPU of this compute capability.
+
+    Raises ValueError for a capability whose chips are not known.
+    """
+    if capability[0] not in _MULTIPROCESSORS:
+        raise ValueError(f"capability must be of major version {[*_MULTIPROCESSORS]}, got {capability}")
     token = _imitated.set(capability)
     try:
         yield

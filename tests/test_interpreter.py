@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 
 from dsopt import gpu, interpreter
 from dsopt.op import Kernel
@@ -135,7 +136,7 @@ ARITHMETIC = {
     "-": lambda a, b: a - b,
     "*": lambda a, b: a * b,
     "/": lambda a, b: a / b,
-    "neg": lambda a, b: 0 - a,
+    "neg": lambda a, b: -a,
     "half": lambda a, b: (a * np.float32(0.5)).astype(ml_dtypes.bfloat16).astype(np.float32) + b,
     "max": np.fmax,
     "clamp": lambda a, b: np.clip(a, -1, 1),
@@ -149,6 +150,8 @@ def check_arithmetic(op):
     finite = x.isfinite() & y.isfinite()
     if op != "max":  # only there a number is preferred to NaN
         x, y = torch.where(finite, x, 1.5), torch.where(finite, y, -3.0)
+    if op == "neg":  # some versions subtract from zero
+        x = torch.where(x == 0, 1.5, x)
     out = torch.empty_like(x)
     combine[(1,)](x, y, out, OP=op, BLOCK=65536)
     with np.errstate(all="ignore"):
@@ -232,7 +235,7 @@ RIGHT = [
     *[(check_dot, d) for d in (torch.float16, *FLOAT8)],
     (check_reductions, torch.float32),
 ]
-if np.lib.NumpyVersion(np.__version__) < "2.4.0":
+if np.lib.NumpyVersion(np.__version__) < "2.4.0" or Version(triton.__version__) >= Version("3.9"):
     RIGHT.append((check_ranges, None))
 ids = [f"{check.__name__[6:]}-{what}" for check, what in CHECKS]
 
