@@ -10,7 +10,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -48,10 +47,11 @@ def medians(
         return {}
     taken: dict[str, list[float]] = {name: [] for name in fns}
     start = time.perf_counter()
+    queued = _host_seconds(fns, arguments) if device == "cuda" else 0.0
     rounds = 0
     while rounds < min_rounds or (rounds < max_rounds and time.perf_counter() - start < budget):
         if device == "cuda":
-            results = _cuda_round(fns, arguments)
+            results = _cuda_round(fns, arguments, queued)
         else:
             results = _host_round(fns, arguments, lambda name, count=rounds: tell(name, count))
         for name, seconds in results.items():
@@ -74,24 +74,29 @@ def _host_round(
     return seconds
 
 
-def _cuda_round(fns: Mapping[str, Callable], arguments: Callable[[], tuple]) -> dict[str, float]:
-    def queue() -> dict[str, tuple[Any, Any]]:
-        events = {}
-        for name, fn in fns.items():
-            args = arguments()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            fn(*args)
-            end.record()
-            events[name] = begin, end
-        return events
-
-    start = time.perf_counter()
-    queue()
-    host = time.perf_counter() - start
+def _host_seconds(fns: Mapping[str, Callable], arguments: Callable[[], tuple]) -> float:
+    """How long the host takes to queue a round."""
     torch.cuda.synchronize()
-    # the device spins until the host has queued the whole round behind it
-    torch.cuda._sleep(int(host * 1.5 * _CYCLES_PER_SECOND))
-    events = queue()
+    start = time.perf_counter()
+    for fn in fns.values():
+        fn(*arguments())
+    seconds = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return seconds
+
+
+def _cuda_round(
+    fns: Mapping[str, Callable], arguments: Callable[[], tuple], queued: float
+) -> dict[str, float]:
+    """queued: seconds for which the device spins, until the host has queued the whole round behind it."""
+    torch.cuda._sleep(int(queued * 1.5 * _CYCLES_PER_SECOND))
+    events = {}
+    for name, fn in fns.items():
+        args = arguments()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        fn(*args)
+        end.record()
+        events[name] = begin, end
     torch.cuda.synchronize()
     return {name: begin.elapsed_time(end) / 1e3 for name, (begin, end) in events.items()}

@@ -59,7 +59,7 @@ def mla_attention(
     """
     heads, nope, rank = w_uk.shape
     value = w_uv.shape[1]
-    kv_b = w_uk.as_strided((heads, nope + value, rank), w_uk.stride(), w_uk.storage_offset())
+    kv_b = torch.as_strided(w_uk, (heads, nope + value, rank), w_uk.stride())
     batch, keys, _ = latent.shape
     kv = F.linear(latent, kv_b.flatten(0, 1)).view(batch, keys, heads, nope + value).transpose(1, 2)
     k_nope, v = kv.split([nope, value], -1)

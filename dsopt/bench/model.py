@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,55 +40,69 @@ class ModelPlan:
 Unit = tuple[str, int, Callable[[], dict[str, Any]]]
 
 
-def units(plan: ModelPlan, step: Callable[[str, str], None]) -> Iterator[Unit]:
-    """(what, size, how to measure it) of each part of a plan; the model is built when the first part needs it.
+class Loaded:
+    """The model that is in memory, at most one; what was compiled for one context serves the next."""
 
-    Starts come first, in processes of their own, while this one holds no weights. Each part gives plain data.
+    def __init__(self, step: Callable[[str, str], None]):
+        self.step = step
+        self.plan: ModelPlan | None = None
+        self._comparison: compare.Comparison | None = None
+
+    def comparison(self, plan: ModelPlan) -> compare.Comparison:
+        """The comparison on a plan's model, built if another one or none is there."""
+        if plan != self.plan:
+            self.release()
+            request = Request(plan.preset, plan.tiny, plan.layers, plan.dtype)
+            model = build(request, self.step).to(plan.device)
+            self._comparison = compare.Comparison(
+                model, lambda phase, detail: self.step(f"{plan.preset}: {phase}", detail)
+            )
+            self.plan = plan
+        return self._comparison
+
+    def release(self) -> None:
+        self.plan = self._comparison = None
+        # graphs hold weights in cycles; the next model needs their memory
+        torch.compiler.reset()
+        gc.collect()
+
+
+def units(plan: ModelPlan, loaded: Loaded) -> Iterator[Unit]:
+    """(what, size, how to measure it) of each part of a plan; measuring gives plain data.
+
+    Starts come first, in processes of their own, while this one holds no weights.
     """
     if plan.device == "cpu":
         for way in [way for way in plan.ways if way != "eager"]:
-            yield f"start of {way}", plan.context[0], lambda way=way: _starts(plan, way, step)
+            yield f"start of {way}", plan.context[0], lambda way=way: _starts(plan, way, loaded)
     for layers in plan.overhead:
-        yield "overhead", layers, lambda layers=layers: overhead(plan.preset, layers, step=step)
-    shared = _Shared(plan, step)
+        yield "overhead", layers, lambda layers=layers: overhead(plan.preset, layers, step=loaded.step)
     for cached in plan.context:
-        yield "decode", cached, lambda cached=cached: shared.decode(cached)
+        yield "decode", cached, lambda cached=cached: _decode(plan, cached, loaded)
     for tokens in plan.prefill:
-        yield "prefill", tokens, lambda tokens=tokens: shared.prefill(tokens)
+        yield "prefill", tokens, lambda tokens=tokens: _prefill(plan, tokens, loaded)
 
 
-def _starts(plan: ModelPlan, way: str, step: Callable[[str, str], None]) -> dict[str, Any]:
-    step(f"{plan.preset}: starts of {way}", "cold and warm, in processes of their own")
+def _starts(plan: ModelPlan, way: str, loaded: Loaded) -> dict[str, Any]:
+    loaded.release()
+    loaded.step(f"{plan.preset}: starts of {way}", "cold and warm, in processes of their own")
     cold, warm = compare.starts(way, plan.preset, plan.layers, plan.context[0], plan.tiny)
     return {"way": way, "cold": cold, "warm": warm}
 
 
-class _Shared:
-    """One model for all contexts, so that what was compiled serves the next one."""
+def _decode(plan: ModelPlan, cached: int, loaded: Loaded) -> dict[str, Any]:
+    comparison = loaded.comparison(plan)
+    return _rates(comparison.decode(cached, REPETITIONS, only=plan.ways), 1, comparison)
 
-    def __init__(self, plan: ModelPlan, step: Callable[[str, str], None]):
-        self.plan, self.step = plan, step
-        self.comparison: compare.Comparison | None = None
 
-    def _model(self) -> compare.Comparison:
-        if self.comparison is None:
-            plan = self.plan
-            request = Request(plan.preset, plan.tiny, plan.layers, plan.dtype)
-            model = build(request, self.step).to(plan.device)
-            self.comparison = compare.Comparison(
-                model, lambda *said: self.step(f"{plan.preset}: {said[0]}", said[1])
-            )
-        return self.comparison
+def _prefill(plan: ModelPlan, tokens: int, loaded: Loaded) -> dict[str, Any]:
+    comparison = loaded.comparison(plan)
+    return _rates(comparison.prefill(tokens, REPETITIONS, only=plan.ways), tokens, comparison)
 
-    def _rates(self, found: dict[str, Any], tokens: int) -> dict[str, Any]:
-        rates = {way: tokens / seconds for way, seconds in found["seconds"].items()}
-        return {**found, "tokens_per_s": rates, "failed": dict(self._model().failed)}
 
-    def decode(self, cached: int) -> dict[str, Any]:
-        return self._rates(self._model().decode(cached, REPETITIONS, only=self.plan.ways), 1)
-
-    def prefill(self, tokens: int) -> dict[str, Any]:
-        return self._rates(self._model().prefill(tokens, REPETITIONS, only=self.plan.ways), tokens)
+def _rates(found: dict[str, Any], tokens: int, comparison: compare.Comparison) -> dict[str, Any]:
+    rates = {way: tokens / seconds for way, seconds in found["seconds"].items()}
+    return {**found, "tokens_per_s": rates, "failed": dict(comparison.failed)}
 
 
 @torch.inference_mode()

@@ -92,7 +92,7 @@ def _ceilings(axes: Any, rows: Sequence[dict[str, Any]], ceilings: Sequence[dict
         )
         for what, rate in mine.items():
             axes.plot([rate / bandwidth, high], [rate, rate], color=LINE_COLOR, linewidth=1.4)
-            text = f"{what} {rate:.0f} GFLOP/s{on}"
+            text = f"{what} products {rate:.0f} GFLOP/s{on}"
             axes.annotate(
                 text, (high, rate), (-4, 3), textcoords="offset points", ha="right", color=LINE_COLOR
             )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dsopt.bench.baselines import Absent, baselines
-from dsopt.bench.cases import Case
+from dsopt.bench.cases import Case, Sizes
 from dsopt.bench.ceilings import Ceilings
 from dsopt.bench.clock import medians
 from dsopt.bench.counts import count
@@ -24,8 +24,8 @@ from dsopt.capture import flat, map_tensors
 from dsopt.op import REFERENCE, backends, disabled_backends, kernels
 from dsopt.testing import poisoned
 
-# a baseline that takes longer than this a call is left out at the next sizes of the same op
-SLOW = 0.5
+# a baseline that takes longer than this a call is left out where no size is smaller
+SLOW = 1.0
 # the truth is computed in float64 where the arguments have fewer elements, else in float32
 _WIDE_ELEMENTS = 1 << 27
 # sets of arguments whose bytes and FLOPs are counted, for the mean
@@ -67,11 +67,11 @@ class Way:
 
 
 class Runner:
-    """Measures cases one by one; a baseline that turned out slow is left out of the cases after that."""
+    """Measures cases one by one; a baseline that turned out slow is left out of later cases that are no smaller."""
 
     def __init__(self, choice: Choice, ceilings: Ceilings, step: Callable[[str, str], None]):
         self.choice, self.ceilings, self.step = choice, ceilings, step
-        self.slow: dict[tuple[str, str], str] = {}
+        self.slow: dict[tuple[str, str], tuple[Sizes, str]] = {}
 
     @torch.inference_mode()
     def measure(self, case: Case, where: Mapping[str, Any]) -> tuple[list[dict], list[dict]]:
@@ -129,7 +129,7 @@ class Runner:
                 continue
             if self.choice.baselines is not None and baseline.column not in self.choice.baselines:
                 continue
-            if reason := self.slow.get((case.op.name, baseline.name)):
+            if reason := self._too_slow(case, baseline.name):
                 problem(baseline.name, "absent", reason)
                 continue
             try:
@@ -143,7 +143,16 @@ class Runner:
         start = time.perf_counter()
         way.fn(*args)
         if (seconds := time.perf_counter() - start) > SLOW:
-            self.slow[case.op.name, way.name] = f"left out: it took {seconds:.1f} s for {case.title}"
+            self.slow[case.op.name, way.name] = (
+                case.sizes,
+                f"left out: it took {seconds:.1f} s for {case.title}",
+            )
+
+    def _too_slow(self, case: Case, name: str) -> str | None:
+        sizes, reason = self.slow.get((case.op.name, name), (None, None))
+        if sizes is None or any(vars(case.sizes)[key] < size for key, size in vars(sizes).items()):
+            return None
+        return reason
 
     def _timed(
         self,

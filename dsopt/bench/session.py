@@ -153,7 +153,6 @@ def _cases(
 ) -> Iterator[Part]:
     """The cases of one op in order, so that what was slow is left out of the larger ones."""
     sizes = chosen_sizes(name, request.tokens, request.context, request.batch, request.quick)
-    last = {}
     for case in cases(OPS[name], geo, sizes):
 
         def part(document: dict[str, Any], case=case) -> None:
@@ -164,16 +163,15 @@ def _cases(
             document["problems"] += problems
             # each case compiles the same functions for other sizes, which count against Dynamo's limit
             torch.compiler.reset()
-            if case is last["case"]:
-                geo.data.kept.clear()
+            geo.data.kept.clear()
 
-        last["case"] = case
         yield _key(name, case.title, *where.values()), part
 
 
 def _model_parts(request: Request, step: Steps) -> Iterator[Part]:
     if MODEL not in request.ops:
         return
+    loaded = model.Loaded(step)
     ways = model.known_ways(request.baselines)
     defaults = model.ModelPlan("", 0)
     for preset in request.presets:
@@ -193,7 +191,7 @@ def _model_parts(request: Request, step: Steps) -> Iterator[Part]:
                     )
                     where = {"preset": preset, "layers": layers, "dtype": dtype}
                     where |= {"device": request.device, "threads": threads, "tiny": request.quick}
-                    yield from _units(plan, where, step)
+                    yield from _units(plan, where, loaded)
 
 
 def _overhead_layers(request: Request) -> Sequence[int]:
@@ -202,8 +200,8 @@ def _overhead_layers(request: Request) -> Sequence[int]:
     return (request.layers or (3,))[:1] if request.quick else model.ModelPlan("", 0).overhead
 
 
-def _units(plan: model.ModelPlan, where: dict[str, Any], step: Steps) -> Iterator[Part]:
-    for what, size, measure in model.units(plan, step):
+def _units(plan: model.ModelPlan, where: dict[str, Any], loaded: model.Loaded) -> Iterator[Part]:
+    for what, size, measure in model.units(plan, loaded):
 
         def part(document: dict[str, Any], what=what, size=size, measure=measure) -> None:
             if where["threads"]:

@@ -8,6 +8,7 @@ import torch
 from dsopt.bench import baselines, run
 from dsopt.bench.cases import Sizes, cases, geometry
 from dsopt.bench.ceilings import BANDWIDTH, Ceiling, Ceilings
+from dsopt.bench.eager import EAGER
 from dsopt.bench.run import Choice, Runner
 from dsopt.op import Kernel, Refusal, backends
 from dsopt.ops import OPS
@@ -107,6 +108,13 @@ def test_inductor_compiles_what_eager_runs():
     assert all("C++" in p["reason"] or "compiler" in p["reason"] for p in problems), problems
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_what_inductor_gets_is_one_graph(op, fresh_dynamo):
+    for case in cases(OPS[op], geometry("v3", torch.bfloat16, "cpu", quick=True), (Sizes(2, 4),)):
+        with torch.inference_mode():
+            torch.compile(EAGER[op], backend="eager", fullgraph=True)(*case.make(0))
+
+
 def test_transformers_experts_are_a_peer():
     pytest.importorskip("transformers")
     rows, problems = measured(Choice((), ("peers",), 0, False), "moe_experts", (Sizes(1), Sizes(5)))
@@ -128,11 +136,13 @@ def test_a_disabled_backend_is_refused(monkeypatch):
 
 def test_a_slow_baseline_is_left_out_of_the_next_sizes(monkeypatch):
     monkeypatch.setattr(run, "SLOW", 0.0)
-    rows, problems = measured(Choice(("torch",), ("eager",), 0, False), sizes=(Sizes(1), Sizes(2)))
-    assert [(row["name"], row["tokens"]) for row in rows if row["column"]] == [("eager", 1)]
-    assert [row["tokens"] for row in rows if not row["column"]] == [1, 2], "kernels are always measured"
-    (left_out,) = [p for p in problems if p["name"] == "eager"]
-    assert left_out["tokens"] == 2 and "left out" in left_out["reason"]
+    sizes = Sizes(2), Sizes(3), Sizes(2, batch=2), Sizes(1, batch=3)
+    rows, problems = measured(Choice(("torch",), ("eager",), 0, False), sizes=sizes)
+    assert [(row["tokens"], row["batch"]) for row in rows if row["column"]] == [(2, 1), (1, 3)]
+    assert len([row for row in rows if not row["column"]]) == 4, "kernels are always measured"
+    left_out = [p for p in problems if p["name"] == "eager"]
+    assert [(p["tokens"], p["batch"]) for p in left_out] == [(3, 1), (2, 2)]
+    assert all("left out: it took" in p["reason"] and "2 tokens" in p["reason"] for p in left_out)
 
 
 def test_interrupts_come_through(only, monkeypatch):

@@ -5,6 +5,7 @@ import re
 import runpy
 import shlex
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -52,13 +53,15 @@ def test_a_script_measures_its_ops(start, name, tmp_path, capsys):
         "eager",
         *(("--tokens", "2") if name == "run" else ()),
     )
-    assert start(name, *given, "--json", str(file), "--plot", str(tmp_path / "plot.png")) == 0
+    plot = tmp_path / "plot.png"
+    drawn = ("--plot", str(plot)) if find_spec("matplotlib") else ()
+    assert start(name, *given, "--json", str(file), *drawn) == 0
     found = json.loads(file.read_text())
     assert tuple(dict.fromkeys(row["op"] for row in found["rows"])) == SCRIPTS[name]
     assert {row["name"] for row in found["rows"]} == {"eager", *(f"torch.{op}" for op in SCRIPTS[name])}
     printed = capsys.readouterr().out
     assert all(f"torch.{op}" in printed for op in SCRIPTS[name])
-    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    assert not drawn or plot.stat().st_size > 10_000
 
 
 def test_the_model_script_measures_rates_starts_and_overhead(start, tmp_path, capsys, fresh_dynamo):
