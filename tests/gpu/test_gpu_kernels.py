@@ -9,6 +9,7 @@ from dsopt.ops import OPS
 from dsopt.testing import LAYOUTS, check_call, check_layout, check_repeats, truth
 
 CUDA = torch.device("cuda")
+FAR = 2**31  # elements
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNELS = {k.label: k for name in OPS for k in kernels(name)[0] if k.device in (None, "cuda")}
 TRITON = {label: k for label, k in KERNELS.items() if k.backend == "triton"}
@@ -26,11 +27,15 @@ def shuffled(x: torch.Tensor) -> torch.Tensor:
 
 
 def far_apart(x: torch.Tensor) -> torch.Tensor:
-    """The same values, but beyond 2^31 elements from the first: offsets do not fit into 32 bits."""
+    """The same values, but the last of dimension 0 FAR elements from the first: offsets do not fit into 32 bits."""
     if x.ndim < 2 or not 2 <= x.shape[0] <= 64:
         return x
-    strides = (-(-(2**31) // (x.shape[0] - 1) // 16) * 16 + 16, *x.contiguous().stride()[1:])
+    strides = (FAR // (x.shape[0] - 1) // 16 * 16 + 16, *x.contiguous().stride()[1:])
     return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
+
+
+def tensors(args) -> list[torch.Tensor]:
+    return [x for x in flat(args) if isinstance(x, torch.Tensor)]
 
 
 def samples(kernel, dtype):
@@ -64,15 +69,12 @@ def test_results_do_not_depend_on_the_call_before(kernel):
 
 @each_triton
 def test_offsets_beyond_32_bits(kernel):
+    """Each tensor alone: one is 4 GB large."""
     tried = 0
     for args in samples(kernel, torch.bfloat16)[:6]:
-        for one in [x for x in flat(args) if isinstance(x, torch.Tensor)]:
+        for one in tensors(args):
             wide = map_tensors(lambda x, one=one: far_apart(x) if x is one else x, args)
-            if any(
-                x.is_cuda and max(x.stride(), default=0) > 2**24
-                for x in flat(wide)
-                if isinstance(x, torch.Tensor)
-            ):
+            if any(stride > FAR // 128 for x in tensors(wide) for stride in x.stride()):
                 tried += check_call(kernel, wide)
     assert tried
 
@@ -80,10 +82,7 @@ def test_offsets_beyond_32_bits(kernel):
 @each_triton
 def test_nothing_waits_for_the_gpu_and_a_graph_replays(kernel):
     """A planned call asks the GPU for nothing, and a CUDA graph of it computes what new values in its inputs say."""
-    args = max(
-        samples(kernel, torch.bfloat16),
-        key=lambda a: max(x.numel() for x in flat(a) if isinstance(x, torch.Tensor)),
-    )
+    args = max(samples(kernel, torch.bfloat16), key=lambda args: max(x.numel() for x in tensors(args)))
     fn = kernel.plan(*args)
     with torch.no_grad():
         fn(*args)  # compiles
@@ -96,9 +95,9 @@ def test_nothing_waits_for_the_gpu_and_a_graph_replays(kernel):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             out = flat(fn(*args))
-        for x in flat(args):
-            if isinstance(x, torch.Tensor) and x.is_floating_point() and 0 not in x.stride():
-                x.copy_(shuffled(x))
+        for x in tensors(args):
+            if (other := shuffled(x)) is not x:
+                x.copy_(other)
         graph.replay()
         torch.cuda.synchronize()
     op = OPS[kernel.op]
