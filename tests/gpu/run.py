@@ -10,6 +10,7 @@ Exit code: 0 if all is well, 1 if something failed, 2 if there is no GPU and not
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import secrets
@@ -58,17 +59,29 @@ def run(command: list[str], limit: float, **env: str) -> int | None:
         return child.wait(limit)
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGINT)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(20)
-        except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
-        return None
 
 
 def setup() -> Part:
-    """This checkout, editable, in the interpreter's site-packages, or in build/user where they cannot be written."""
+    """This checkout, editable, in the interpreter's site-packages, or in build/user where they cannot be written.
+
+    Nothing is done if that was done before and no source of the build has changed.
+    """
     start = time.monotonic()
+    user = not os.access(sysconfig.get_path("purelib"), os.W_OK)
+    if user:
+        os.environ["PYTHONUSERBASE"] = str(ROOT / "build" / "user")
+    stamp = ROOT / "build" / "gpu-installed"
+    sources = [ROOT / "setup.py", ROOT / "pyproject.toml", *(ROOT / "csrc").rglob("*")]
+    newest = max(source.stat().st_mtime for source in sources)
+    if stamp.is_file() and stamp.read_text() == sys.prefix and stamp.stat().st_mtime > newest:
+        return Part("set-up", "passed", "as it was")
     command = [
         sys.executable,
         "-m",
@@ -79,10 +92,11 @@ def setup() -> Part:
         "--no-build-isolation",
         "--no-index",
     ]
-    if not os.access(sysconfig.get_path("purelib"), os.W_OK):
-        os.environ["PYTHONUSERBASE"] = str(ROOT / "build" / "user")
-        command += ["--user", "--break-system-packages"]
+    command += ["--user", "--break-system-packages"] if user else []
     code = subprocess.run([*command, "--editable", "."], cwd=ROOT).returncode
+    if code == 0:
+        stamp.parent.mkdir(exist_ok=True)
+        stamp.write_text(sys.prefix)
     return Part("set-up", "failed" if code else "passed", seconds=time.monotonic() - start)
 
 
