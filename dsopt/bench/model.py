@@ -117,7 +117,8 @@ def overhead(
     step(f"{preset}: overhead of a step", f"{layers} layers at tiny widths")
     config = presets.config(presets.tiny(presets.PRESETS[preset]()), num_hidden_layers=layers)
     recorder = Recorder()
-    fast = torch.compile(presets.random_model(config), backend=recorder)
+    fast = presets.random_model(config)
+    fast.compile(backend=recorder)
     cache = compare.filled_cache(config, cached)
     inputs = {
         "input_ids": compare.random_tokens(config.vocab_size, 1),

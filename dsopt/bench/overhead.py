@@ -114,7 +114,10 @@ def lowered_graph(fn: Callable | None) -> GraphModule:
         raise RuntimeError("no graph ran: the model was not compiled with the recorder, or ran eager")
     if not fn.report.kernels:
         raise RuntimeError(f"dsopt left the graph alone: {fn.report.fallback}")
-    return fn.fn.__self__
+    graph = getattr(fn.fn, "__self__", None)
+    if not isinstance(graph, GraphModule):
+        raise RuntimeError(f"what dsopt compiled to is {type(fn.fn).__name__}, not a method of an FX graph")
+    return graph
 
 
 class _Recording(Interpreter):
@@ -129,9 +132,7 @@ class _Recording(Interpreter):
         if n.op == "call_function" and n.target is not operator.getitem:
             inputs = {_storage(x) for x in flat(self.map_nodes_to_values(n.args, n)) if _is_tensor(x)}
             outputs = [x for x in flat(result) if _is_tensor(x)]
-            schema = getattr(n.target, "_schema", None)
-            writes = schema is not None and schema.is_mutable
-            if writes or any(_storage(x) not in inputs for x in outputs):
+            if _writes(n) or any(_storage(x) not in inputs for x in outputs):
                 self.results[n.name] = result
         return result
 
@@ -140,6 +141,18 @@ def _results(graph: GraphModule, args: tuple) -> dict[str, Any]:
     recording = _Recording(graph)
     recording.run(*args)
     return recording.results
+
+
+def _writes(node: Node) -> bool:
+    """Whether a call writes into an argument: by its schema, else by the underscore that PyTorch's names end with.
+
+    What lowering spelled otherwise keeps its ATen operator in `meta`.
+    """
+    schema = getattr(node.meta.get("aten", node.target), "_schema", None)
+    if schema is not None:
+        return schema.is_mutable
+    name = getattr(node.target, "__name__", "")
+    return name == "setitem" or (name.endswith("_") and not name.endswith("__"))
 
 
 def _is_tensor(x: Any) -> bool:
@@ -174,8 +187,7 @@ def _handing_out(node: Node, result: Any) -> Callable:
 
 def _allocating(node: Node, result: Any) -> Callable:
     """A call that allocates results like these; what writes into an argument returns it and allocates nothing."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is not None and schema.is_mutable:
+    if _writes(node):
         return _handing_out(node, result)
     forms = [(tuple(x.shape), x.dtype, x.device) for x in flat(result) if _is_tensor(x)]
 

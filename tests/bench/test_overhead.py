@@ -13,7 +13,7 @@ aten = torch.ops.aten
 
 
 def graph():
-    """A view, a product of it, a call with two results, a write into an argument."""
+    """A view, a product of it, a call with two results, writes into an argument."""
 
     def forward(x, cache):
         a, b = aten.split.Tensor(aten.mm.default(aten.t.default(x), x), 2)
@@ -21,14 +21,19 @@ def graph():
         aten.add_.Tensor(cache, 1)
         return aten.mul.Tensor(best[0], 2), b
 
-    return symbolic_trace(forward)
+    traced = symbolic_trace(forward)
+    (cache,) = [n for n in traced.graph.nodes if n.name == "cache"]
+    with traced.graph.inserting_before(traced.graph.output_node()):
+        traced.graph.call_function(torch.Tensor.sub_, (cache, 3))  # which has no schema to ask
+    traced.recompile()
+    return traced
 
 
 def test_views_stay_and_what_computes_is_replaced():
     x, cache = torch.randn(4, 4), torch.zeros(3)
     results = overhead._results(graph(), (x, cache))
-    assert set(results) == {"mm_default", "max_dim", "add__tensor", "mul_tensor"}
-    assert cache.tolist() == [1, 1, 1]
+    assert set(results) == {"mm_default", "max_dim", "add__tensor", "sub_", "mul_tensor"}
+    assert cache.tolist() == [-2, -2, -2]
 
 
 @pytest.mark.parametrize("stand_in", [overhead._handing_out, overhead._allocating])
@@ -37,7 +42,7 @@ def test_stand_ins_compute_nothing(stand_in):
     results = overhead._results(graph(), (x, cache))
     variant = overhead._variant(graph(), results, stand_in)
     out, b = variant(torch.full_like(x, torch.nan), cache)
-    assert cache.tolist() == [1, 1, 1], "nothing was written again"
+    assert cache.tolist() == [-2, -2, -2], "nothing was written again"
     targets = [
         n.target for n in variant.graph.nodes if n.op == "call_function" and n.target != operator.getitem
     ]
