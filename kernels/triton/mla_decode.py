@@ -22,8 +22,12 @@ from dsopt.kernels.triton.masking import Mask, hide, soften
 
 # the widest latent whose sums stay in registers, and the widest part that is rotated
 MAX_RANK, MAX_ROPE = 512, 128
+# Registers a thread may have. The compiler's own choice is what lets one more program run, for which it spills.
+MAX_REGISTERS = 255
 # fewest keys of a split, and most splits: what is saved by more is lost in merging them
-SPLIT_KEYS, MAX_SPLITS = 64, 64
+SPLIT_KEYS, MAX_SPLITS = 64, 128
+# channels of the latent that one program merges
+MERGED = 64
 
 
 class Tile(NamedTuple):
@@ -115,47 +119,46 @@ def split_kernel(
 @triton.jit
 def merge_kernel(
     partial, state, out, heads, new, rank, splits, out_batch, out_head, out_token,
-    SPLITS: tl.constexpr, RANK: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One row of out: its partial results weighted by exp(largest) * total; splits that saw nothing are not read.
+    """A row of out: its partial results weighted by exp(largest) * total; splits that saw nothing are not read.
 
     partial (splits, batch, new, heads, rank), state (2, splits, batch, new, heads), float32.
     """
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0)
-    i = tl.arange(0, SPLITS)
-    base = tl.max(tl.load(state + i * rows + row, mask=i < splits, other=float("-inf")), 0)
-    c = tl.arange(0, RANK)
-    sums = tl.zeros((RANK,), tl.float32)
-    weights = 0.0
-    for split in range(splits):
-        total = tl.load(state + (splits + split) * rows + row)
-        if total != 0.0:
-            weight = tl.exp(tl.load(state + split * rows + row) - base) * total
-            weights += weight
-            sums += weight * tl.load(partial + (split * rows + row) * rank + c, mask=c < rank, other=0.0)
-    sums /= tl.where(weights == 0.0, 1.0, weights)
+    split = tl.arange(0, SPLITS)
+    at = split * rows + row
+    largest = tl.load(state + at, mask=split < splits, other=float("-inf"))
+    total = tl.load(state + splits * rows + at, mask=split < splits, other=0.0)
+    saw = total != 0.0
+    most = tl.max(largest, 0)
+    weight = tl.exp(largest - tl.where(most == float("-inf"), 0.0, most)) * total
+    c = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    one = tl.load(
+        partial + at[:, None] * rank + c[None, :], mask=saw[:, None] & (c < rank)[None, :], other=0.0
+    )
+    weights = tl.sum(weight, 0)
+    merged = tl.sum(one * weight[:, None], 0) / tl.where(weights == 0.0, 1.0, weights)
     head, token, batch = row % heads, row // heads % new, row // heads // new
     at = batch * out_batch + head * out_head + token * out_token
-    tl.store(out + at + c, sums.to(out.dtype.element_ty), mask=c < rank)
+    tl.store(out + at + c, merged.to(out.dtype.element_ty), mask=c < rank)
 
 
-# Tiles by what fits: shared memory holds the queries and num_stages tiles of keys, registers the sums. None spills
-# under Triton 3.6 where it is used; 64 rows do on 8.0 and 10.0.
-FEW_ROWS, WIDE = Tile(16, 32, 4, 2, 2), Tile(16, 16, 8, 1, 1)
-MANY_ROWS = {
-    (8, 0): Tile(32, 64, 8, 2, 1),
-    (9, 0): Tile(64, 32, 8, 3, 1),
-    (10, 0): Tile(32, 64, 8, 2, 1),
-    (10, 3): Tile(32, 64, 8, 2, 1),
+# Tiles for up to 16 rows and for more, by what fits: shared memory holds the queries and num_stages tiles of keys,
+# registers the sums. None spills under Triton 3.6 where it is used; 64 rows do on 8.0 and 10.0.
+USUAL, FLOAT32 = (Tile(16, 32, 4, 2, 1), Tile(16, 32, 4, 2, 1)), Tile(16, 16, 8, 1, 1)
+ROOMY = {
+    (8, 0): (Tile(16, 32, 4, 2, 2), Tile(32, 64, 8, 2, 1)),
+    (9, 0): (Tile(16, 32, 4, 3, 2), Tile(64, 32, 8, 3, 1)),
+    (10, 0): (Tile(16, 32, 4, 3, 2), Tile(32, 64, 8, 2, 1)),
+    (10, 3): (Tile(16, 32, 4, 3, 2), Tile(32, 64, 8, 2, 1)),
 }
 
 
 def tile(rows: int, itemsize: int, capability: Capability) -> Tile:
     """The tile for so many rows (heads * new tokens) of elements of so many bytes."""
-    if itemsize == 4:
-        return WIDE
-    return FEW_ROWS if rows <= 16 else MANY_ROWS.get(capability, FEW_ROWS)
+    return FLOAT32 if itemsize == 4 else ROOMY.get(capability, USUAL)[rows > 16]
 
 
 def num_splits(programs: int, cached: int, room: int) -> int:
@@ -197,12 +200,12 @@ def absorbed(
         *q_strides, *q_rope.stride(), *latent.stride(), *k_rope.stride(), *mask.strides, *partial_strides,
         KIND=mask.kind, IS_CAUSAL=is_causal, ONE_TOKEN=new == 1, BLOCK_H=use.block_h, BLOCK_N=use.block_n, RANK=padded,
         ROPE=max(16, triton.next_power_of_2(rope)) if rope else 0,
-        num_warps=use.num_warps, num_stages=use.num_stages,
+        num_warps=use.num_warps, num_stages=use.num_stages, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
     if splits > 1:
-        merge_kernel[(batch * new * heads,)](
+        merge_kernel[(batch * new * heads, triton.cdiv(rank, MERGED))](
             partial, state, o, heads, new, rank, splits, *o_strides,
-            SPLITS=triton.next_power_of_2(splits), RANK=padded,
+            SPLITS=triton.next_power_of_2(splits), BLOCK_N=MERGED,
         )  # fmt: skip
     out = q.new_empty(batch * new, heads, v)
     torch.bmm(o, w_uv.mT, out=out.transpose(0, 1))

@@ -2,7 +2,7 @@
 
 hidden[row] = act(gate) * up     gate and up over one tile of x, whose rows are gathered inside the kernel
 y[choice]   = weights[choice] * (w2 @ hidden[row] + b2)                                             in float32
-out[token]  = shared(x[token]) + sum of y over the token's choices, first to last                   in float32
+out[token]  = shared(x[token]) + sum of y over the token's choices                                   in float32
 
 A choice of no expert (a sentinel) is in no block, and the sum leaves it out. Shared experts are dense: cuBLAS, in x's
 dtype. Rows of x, experts and rows of weights may have any strides; weights whose input channels lie next to each other
@@ -170,19 +170,21 @@ def down_kernel(
 
 
 @triton.jit
-def sum_kernel(y, ids, shared, out, topk, num_experts, width, BLOCK_N: tl.constexpr):
-    """out[token] = shared[token] + sum_k y[token, k] over choices of an expert, in float32 and in order of k."""
+def sum_kernel(y, ids, shared, out, topk, num_experts, width, TOPK: tl.constexpr, BLOCK_N: tl.constexpr):
+    """out[token] = shared[token] + sum_k y[token, k] over choices of an expert, in float32 and always in one order."""
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, TOPK)
     inside = n < width
-    total = tl.zeros((BLOCK_N,), tl.float32)
+    choice = token * topk + k
+    expert = tl.load(ids + choice, mask=k < topk, other=-1)
+    written = (expert >= 0) & (expert < num_experts)
+    each = tl.load(
+        y + choice[:, None] * width + n[None, :], mask=written[:, None] & inside[None, :], other=0.0
+    )
+    total = tl.sum(each, 0)
     if shared is not None:
         total += tl.load(shared + token * width + n, mask=inside, other=0.0).to(tl.float32)
-    for k in range(topk):
-        choice = token * topk + k
-        expert = tl.load(ids + choice)
-        written = (expert >= 0) & (expert < num_experts)
-        total += tl.load(y + choice * width + n, mask=inside & written, other=0.0)
     tl.store(out + token * width + n, total.to(out.dtype.element_ty), mask=inside)
 
 
@@ -202,8 +204,8 @@ TILES = {
 }
 # blocks of rows that are walked down before the next columns, while both are in the L2 cache
 GROUP = 8
-# columns one program sums
-SUM_COLUMNS = 1024
+# values one program sums
+SUMMED = 4096
 
 
 def tiles(choices: int, num_experts: int, itemsize: int) -> Tiles:
@@ -250,9 +252,10 @@ def moe_experts(
     y = x.new_empty(num_tokens, topk, width, dtype=torch.float32)
     _down(hidden, w2, b2, weights, order, block_expert, y, use.down)
     out = x.new_empty(num_tokens, width)
-    columns = min(SUM_COLUMNS, triton.next_power_of_2(width))
+    padded = triton.next_power_of_2(topk)
+    columns = min(max(16, SUMMED // padded), triton.next_power_of_2(width))
     sum_kernel[(num_tokens, triton.cdiv(width, columns))](
-        y, ids, shared, out, topk, num_experts, width, BLOCK_N=columns
+        y, ids, shared, out, topk, num_experts, width, TOPK=padded, BLOCK_N=columns
     )
     return out
 

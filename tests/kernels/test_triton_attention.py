@@ -192,6 +192,7 @@ def test_through_the_plan(new):
 
 def test_splits_fill_the_chip():
     assert mla_decode.num_splits(1, 4096, 132) == 64
+    assert mla_decode.num_splits(1, 100_000, 264) == 128
     assert mla_decode.num_splits(4, 100_000, 132) == 33
     assert mla_decode.num_splits(1, 300, 132) == 5
     assert mla_decode.num_splits(500, 100_000, 132) == 1
