@@ -109,7 +109,8 @@ def compiling(capability: Capability) -> Iterator[list[Any]]:
         yield found
 
 
-def _tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """A tensor that has a shape, strides and a dtype but no memory."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
@@ -119,7 +120,7 @@ def compile_kernel(kernel: Kernel, capability: Capability, most: int | None = No
     Raises ValueError for a call that the kernel refuses, and for a module without `ahead_of_time`.
     """
     with compiling(capability) as found:
-        for args in itertools.islice(calls_of(kernel)(_tensor), most):
+        for args in itertools.islice(calls_of(kernel)(tensor), most):
             bound = OPS[kernel.op].bind(args)
             if reason := kernel.check(*bound):
                 raise ValueError(f"{kernel.label} refuses a call that is to be compiled: {reason}")

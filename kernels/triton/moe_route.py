@@ -83,7 +83,7 @@ def outside_groups(
     return tl.reshape(tl.broadcast_to(outside, (BLOCK_T, BLOCK_G, BLOCK_S)), (BLOCK_T, BLOCK_G * BLOCK_S))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # a batch of another size compiles nothing
 def route_kernel(
     logits, bias, weights, ids, tokens, token_stride, expert_stride, bias_stride, outside, eps, scale,
     EXPERTS: tl.constexpr, TOPK: tl.constexpr, SCORING: tl.constexpr,

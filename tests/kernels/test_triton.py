@@ -82,3 +82,18 @@ def test_equal_scores_go_to_the_lower_index():
             want_weights, want_ids = route.reference(*args)
             assert torch.equal(ids, want_ids)
             torch.testing.assert_close(weights, want_weights, rtol=1e-5, atol=0, equal_nan=True)
+
+
+def test_another_number_of_tokens_compiles_nothing_new():
+    """Norms and routing: one variant serves 1, 7 and 64 tokens."""
+    for label, operands in {
+        "triton.rms_norm": lambda tokens: (tokens(64), aot.tensor(64), 1e-6),
+        "triton.add_rms_norm": lambda tokens: (tokens(64), tokens(64), aot.tensor(64), 1e-6),
+        "triton.moe_route": lambda tokens: (tokens(16), 4),
+    }.items():
+        kernel = KERNELS[label]
+        with aot.compiling((9, 0)) as found:
+            for count in (1, 7, 64):
+                args = OPS[kernel.op].bind(operands(lambda width, count=count: aot.tensor(count, width)))
+                kernel.plan(*args)(*args)
+        assert len(found) == 3 and len({compiled.hash for compiled in found}) == 1
