@@ -4,8 +4,8 @@ Triton's interpreter runs a kernel program by program in NumPy. Version 3.6 keep
 as uint8 and then computes with those integers: products, sums and comparisons of bfloat16 are meaningless,
 float32 is truncated to bfloat16, a tenth of the roundings to float8 is wrong and nothing saturates there. Under
 NumPy 2.4 and newer a loop over a value known only at run time fails. `triton_interpreter` replaces those methods of
-Triton's test tool while it is open and puts them back afterwards; patching another library is the purpose here and
-happens nowhere else.
+Triton's test tool while it is open and puts them back afterwards. Patching another library is the purpose here; but
+for `dsopt.aot`, which compiles in place of launching, nothing else in dsopt does so.
 """
 
 from __future__ import annotations
