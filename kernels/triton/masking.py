@@ -37,7 +37,7 @@ class Mask(NamedTuple):
         return *self.values.stride(), *self.ranges.stride()[:2]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["cached"])
 def ranges_kernel(
     mask, ranges, cached, hidden, mask_batch, mask_query, mask_key, KIND: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -80,7 +80,8 @@ def hide(scores, mask, mask_query, mask_key, query, key, present, KIND: tl.const
     """
     seen = present[None, :]
     if KIND != 0:
-        value = tl.load(mask + (query[:, None] * mask_query + key[None, :] * mask_key), mask=seen, other=0)
+        rows = mask + query.to(tl.int64) * mask_query
+        value = tl.load(rows[:, None] + key[None, :] * mask_key, mask=seen, other=0)
         if KIND == 1:
             seen = seen & (value != 0)
         else:
@@ -117,7 +118,8 @@ def prepare_mask(mask: torch.Tensor | None, batch: int, new: int, cached: int) -
     rows = mask.expand(mask.shape[0], mask.shape[1], cached)
     ranges = torch.empty(*rows.shape[:2], 2, dtype=torch.int32, device=mask.device)
     block = min(4096, max(16, triton.next_power_of_2(cached)))
-    ranges_kernel[rows.shape[:2]](rows, ranges, cached, hidden, *rows.stride(), KIND=kind, BLOCK=block)
+    with torch.cuda.device_of(mask):
+        ranges_kernel[rows.shape[:2]](rows, ranges, cached, hidden, *rows.stride(), KIND=kind, BLOCK=block)
     return Mask(kind, rows.expand(batch, new, cached), ranges.expand(batch, new, 2))
 
 

@@ -49,9 +49,11 @@ def _plan(q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal=Fal
             use = mla_decode.tile(heads * new, itemsize, chip)
             programs = batch * -(-heads * new // use.block_h)
             splits = mla_decode.num_splits(programs, cached, processors * use.per_processor)
-            return mla_decode.absorbed(*operands, seen, scale, is_causal, use, splits)
+            with torch.cuda.device_of(q_nope):
+                return mla_decode.absorbed(*operands, seen, scale, is_causal, use, splits)
         use = mla_prefill.tile(max(nope, v), itemsize, chip)
-        return mla_prefill.expanded(*operands, seen, scale, is_causal, use)
+        with torch.cuda.device_of(q_nope):
+            return mla_prefill.expanded(*operands, seen, scale, is_causal, use)
 
     return mla_attention
 

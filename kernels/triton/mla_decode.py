@@ -40,7 +40,7 @@ class Tile(NamedTuple):
     per_processor: int
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["new", "cached", "splits"])
 def split_kernel(
     q_latent, q_rope, latent, k_rope, mask, ranges, out, state,
     heads, new, cached, rank, rope, splits, scale,
@@ -116,7 +116,7 @@ def split_kernel(
         tl.store(state + splits * tl.num_programs(2) * heads * new + at, total, mask=used)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["new", "splits"])
 def merge_kernel(
     partial, state, out, heads, new, rank, splits, out_batch, out_head, out_token,
     SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,

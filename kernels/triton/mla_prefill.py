@@ -41,7 +41,7 @@ FLOAT32 = Tile(32, 16, 4, 1)
 EXPAND = {2: (128, 128, 64, 8, 3), 4: (64, 64, 32, 8, 2)}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["cached"])
 def expand_kernel(
     latent, w, bounds, out, heads, cached, rank, width,
     latent_batch, latent_token, latent_dim, w_head, w_row, w_dim, bounds_batch,
@@ -78,7 +78,7 @@ def expand_kernel(
     tl.store(out + at, sums.to(out.dtype.element_ty), mask=present[:, None] & inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["new", "cached"])
 def attend_kernel(
     q_nope, q_rope, k_nope, k_rope, v, mask, ranges, out,
     heads, new, cached, nope, rope, width, scale,

@@ -21,7 +21,7 @@ def most_blocks(choices: int, num_experts: int, block_m: int) -> int:
     return (choices + min(choices, num_experts) * (block_m - 1)) // block_m
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["choices", "num_blocks"])
 def few_kernel(
     ids, order, block_expert, choices, num_experts, num_blocks,
     BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr,
@@ -45,7 +45,7 @@ def few_kernel(
     tl.store(block_expert + block, -1, mask=(block >= tl.sum(blocks, 0)) & (block < num_blocks))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["choices"])
 def count_kernel(ids, counts, choices, BLOCK: tl.constexpr):
     """counts[e] = number of ids that are e; one program an expert."""
     expert = tl.program_id(0)
@@ -56,7 +56,7 @@ def count_kernel(ids, counts, choices, BLOCK: tl.constexpr):
     tl.store(counts + expert, tl.sum(found, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["choices", "num_blocks"])
 def place_kernel(
     ids, counts, order, block_expert,
     choices, num_experts, num_blocks,

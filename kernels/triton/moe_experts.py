@@ -65,7 +65,7 @@ def activated(x, ACTIVATION: tl.constexpr):
         return positive * positive if ACTIVATION == "relu2" else positive
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["choices", "num_blocks"])
 def gate_up_kernel(
     x, gate, up, b_gate, b_up, order, block_expert, hidden,
     choices, topk, num_blocks, width, inner, limit,
@@ -127,7 +127,7 @@ def gate_up_kernel(
     tl.store(hidden + at, h.to(hidden.dtype.element_ty), mask=inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["choices", "num_blocks"])
 def down_kernel(
     hidden, w2, b2, weights, order, block_expert, y,
     choices, num_blocks, inner, width,
@@ -243,20 +243,21 @@ def moe_experts(
         return x.new_zeros(num_tokens, width) if shared is None else shared
     ids, weights = ids.contiguous(), weights.contiguous()
     use = chosen or tiles(ids.numel(), num_experts, x.element_size())
-    order, block_expert = align(ids, num_experts, use.gate_up.block_m)
-    hidden = x.new_empty(order.numel(), w2.shape[2])
-    _gate_up(
-        x, w13, w3, b13, b3, order, block_expert, hidden,
-        topk, activation, gated, interleaved, limit, ids.numel(), use.gate_up,
-    )  # fmt: skip
-    y = x.new_empty(num_tokens, topk, width, dtype=torch.float32)
-    _down(hidden, w2, b2, weights, order, block_expert, y, use.down)
-    out = x.new_empty(num_tokens, width)
-    padded = triton.next_power_of_2(topk)
-    columns = min(max(16, SUMMED // padded), triton.next_power_of_2(width))
-    sum_kernel[(num_tokens, triton.cdiv(width, columns))](
-        y, ids, shared, out, topk, num_experts, width, TOPK=padded, BLOCK_N=columns
-    )
+    with torch.cuda.device_of(x):
+        order, block_expert = align(ids, num_experts, use.gate_up.block_m)
+        hidden = x.new_empty(order.numel(), w2.shape[2])
+        _gate_up(
+            x, w13, w3, b13, b3, order, block_expert, hidden,
+            topk, activation, gated, interleaved, limit, ids.numel(), use.gate_up,
+        )  # fmt: skip
+        y = x.new_empty(num_tokens, topk, width, dtype=torch.float32)
+        _down(hidden, w2, b2, weights, order, block_expert, y, use.down)
+        out = x.new_empty(num_tokens, width)
+        padded = triton.next_power_of_2(topk)
+        columns = min(max(16, SUMMED // padded), triton.next_power_of_2(width))
+        sum_kernel[(num_tokens, triton.cdiv(width, columns))](
+            y, ids, shared, out, topk, num_experts, width, TOPK=padded, BLOCK_N=columns
+        )
     return out
 
 
