@@ -128,7 +128,7 @@ def overhead(
         "logits_to_keep": 1,
     }
     found = breakdown(lambda: fast(**inputs), recorder, lambda: compare.rewind(cache, cached), budget)
-    return {"layers": layers, "cached": cached, **found.to_dict()}
+    return {"cached": cached, **found.to_dict()}
 
 
 def known_ways(given: Collection[str] | None) -> tuple[str, ...]:

@@ -105,11 +105,13 @@ class Runner:
 
     def _kernels(self, case: Case, args: tuple, problem: Callable) -> Iterator[Way]:
         found, broken = kernels(case.op.name)
+        asked = self.choice.backends
         for refusal in broken:
-            problem(refusal.kernel, "refused", refusal.reason)
+            if asked is None or refusal.kernel.partition(".")[0] in asked:
+                problem(refusal.kernel, "refused", refusal.reason)
         disabled = disabled_backends()
         for kernel in found:
-            if self.choice.backends is not None and kernel.backend not in self.choice.backends:
+            if asked is not None and kernel.backend not in asked:
                 continue
             reason = "disabled by DSOPT_DISABLE" if kernel.backend in disabled else kernel.refuses(args)
             if reason is not None:

@@ -188,12 +188,11 @@ def _start_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def _overhead_table(preset: str, on: str, rows: Sequence[dict[str, Any]]) -> Table:
-    title = f"{preset} at tiny widths, {on}: ms of a decode step, and what they are spent on"
-    table = plain(title)
+    table = plain(f"{preset} at tiny widths, {on}: ms of a decode step")
     columns = ("whole", *PARTS)
     for name in ("layers", *columns, "computing calls", "views"):
         table.add_column(name, justify="right")
     for row in rows:
         ms = [f"{1e3 * row[name]:.3f}" for name in columns]
-        table.add_row(str(row["layers"]), *ms, str(row["computing"]), str(row["views"]))
+        table.add_row(str(row["size"]), *ms, str(row["computing"]), str(row["views"]))
     return table

@@ -34,7 +34,7 @@ def result(call, tmp_path):
 
 def test_a_result_has_the_machine_its_ceilings_and_a_row_for_each_way(result):
     found, _ = result
-    assert found["machine"]["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(found["machine"]["versions"]["torch"])
     assert {c["what"] for c in found["ceilings"]} == {"bandwidth", "float32", "bfloat16"}
     rows = {(row["op"], row["case"], row["tokens"], row["name"]) for row in found["rows"]}
     assert len(rows) == len(found["rows"]) == (2 + 2 * 2) * 2
@@ -142,6 +142,7 @@ def test_the_plot_shows_every_kernel(result, tmp_path):
 
 
 def test_a_plot_of_nothing_is_refused(call, tmp_path):
+    pytest.importorskip("matplotlib")
     done = call("--op", "moe_route", *ONE, "--plot", str(tmp_path / "plot.png"))
     assert done.exit_code == 1 and "nothing to plot" in done.output
 

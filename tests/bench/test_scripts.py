@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import dsopt
+from dsopt import compare
 from dsopt.bench import command, session
 from dsopt.ops import OPS
 
@@ -64,18 +65,38 @@ def test_a_script_measures_its_ops(start, name, tmp_path, capsys):
     assert not drawn or plot.stat().st_size > 10_000
 
 
-def test_the_model_script_measures_rates_starts_and_overhead(start, tmp_path, capsys, fresh_dynamo):
+def test_the_model_script_measures_rates_starts_and_overhead(
+    start, tmp_path, capsys, monkeypatch, fresh_dynamo
+):
     pytest.importorskip("transformers")
-    file = tmp_path / "result.json"
+    file, run = tmp_path / "result.json", {"first_s": 2.0, "compile_s": 1.5, "peak_growth": 3_000_000}
+    monkeypatch.setattr(compare, "starts", lambda *_: [run, {**run, "first_s": 1.0}])
     assert start("bench_model", "--quick", "--layers", "1", "--baseline", "dsopt", "--json", str(file)) == 0
     found = {row["what"]: row for row in json.loads(file.read_text())["models"]}
     assert set(found) == {"start of dsopt", "overhead", "decode", "prefill"}
     assert found["decode"]["tokens_per_s"]["dsopt"] > 0 and not found["decode"]["failed"]
-    assert {"first_s", "compile_s", "peak_growth"} == set(found["start of dsopt"]["warm"])
-    assert found["overhead"]["layers"] == 1 and found["overhead"]["whole"] > 0
+    assert found["start of dsopt"]["warm"]["first_s"] == 1.0
+    assert found["overhead"]["size"] == 1 and found["overhead"]["whole"] > 0
     printed = capsys.readouterr().out
-    for text in ("decode, 16 cached", "prefill of 5", "first step of a process", "guards", "allocation"):
+    for text in (
+        "decode, 16 cached",
+        "prefill of 5",
+        "first step of a process",
+        "+3 MB",
+        "guards",
+        "allocation",
+    ):
         assert text in printed
+
+
+@pytest.mark.slow
+def test_starts_are_those_of_fresh_processes():
+    pytest.importorskip("transformers")
+    cold, warm = compare.starts("dsopt", "v2-lite", 1, 8, tiny=True)
+    for run in (cold, warm):
+        assert run["first_s"] > run["compile_s"] > 0 and run["peak_growth"] > 0
+    with pytest.raises(RuntimeError, match="KeyError: 'gnu'"):
+        compare.starts("gnu", "v2-lite", 1, 8, tiny=True, count=1)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
