@@ -96,8 +96,11 @@ def geometry(preset: str, dtype: torch.dtype, device: str, quick: bool = False) 
 
 DECODE, PREFILL = (1, 4, 16), 512
 ROWS = tuple(Sizes(tokens) for tokens in (*DECODE, PREFILL))
+# what is seconds a call on a small CPU takes a shorter prompt
+SHORT_ROWS = tuple(Sizes(tokens) for tokens in (*DECODE, 128))
 DEFAULT_SIZES: dict[str, tuple[Sizes, ...]] = {
-    "moe_experts": tuple(Sizes(tokens) for tokens in (*DECODE, 128)),
+    "gated_mlp": SHORT_ROWS,
+    "moe_experts": SHORT_ROWS,
     "mla_attention": (Sizes(1, 128), Sizes(1, 2048), Sizes(1, 8192), Sizes(PREFILL, PREFILL)),
 }
 QUICK_SIZES: dict[str, tuple[Sizes, ...]] = {"mla_attention": (Sizes(1, 16), Sizes(5, 5))}

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -138,14 +139,17 @@ def _ceilings(request: Request, document: dict[str, Any], step: Steps) -> ceilin
 Part = tuple[str, Callable[[dict[str, Any]], None]]
 
 
+def _places(request: Request) -> Iterator[dict[str, Any]]:
+    """What goes into every row, for each combination of what was asked for."""
+    for preset, dtype, threads in product(request.presets, request.dtypes, request.thread_counts):
+        yield {"preset": preset, "dtype": dtype, "device": request.device, "threads": threads}
+
+
 def _op_parts(request: Request, limits: ceilings.Ceilings, step: Steps) -> Iterator[Part]:
-    for preset in request.presets:
-        for dtype in request.dtypes:
-            for threads in request.thread_counts:
-                where = {"preset": preset, "dtype": dtype, "device": request.device, "threads": threads}
-                for name in [op for op in request.ops if op != MODEL]:
-                    geo = geometry(preset, DTYPES[dtype], request.device, request.quick)
-                    yield from _cases(request, name, geo, where, Runner(request.choice, limits, step))
+    for where in _places(request):
+        for name in [op for op in request.ops if op != MODEL]:
+            geo = geometry(where["preset"], DTYPES[where["dtype"]], request.device, request.quick)
+            yield from _cases(request, name, geo, where, Runner(request.choice, limits, step))
 
 
 def _cases(
@@ -172,32 +176,28 @@ def _model_parts(request: Request, step: Steps) -> Iterator[Part]:
     if MODEL not in request.ops:
         return
     loaded = model.Loaded(step)
-    ways = model.known_ways(request.baselines)
-    defaults = model.ModelPlan("", 0)
-    for preset in request.presets:
-        for dtype in request.dtypes:
-            for threads in request.thread_counts:
-                for i, layers in enumerate(request.layers or (3,)):
-                    plan = model.ModelPlan(
-                        preset,
-                        layers,
-                        dtype,
-                        request.device,
-                        request.context or ((16,) if request.quick else defaults.context),
-                        request.tokens or ((5,) if request.quick else defaults.prefill),
-                        ways,
-                        () if i else _overhead_layers(request),
-                        request.quick,
-                    )
-                    where = {"preset": preset, "layers": layers, "dtype": dtype}
-                    where |= {"device": request.device, "threads": threads, "tiny": request.quick}
-                    yield from _units(plan, where, loaded)
+    for where in _places(request):
+        for plan in _plans(request, where):
+            yield from _units(plan, {**where, "layers": plan.layers, "tiny": plan.tiny}, loaded)
 
 
-def _overhead_layers(request: Request) -> Sequence[int]:
-    if request.device != "cpu":
-        return ()
-    return (request.layers or (3,))[:1] if request.quick else model.ModelPlan("", 0).overhead
+def _plans(request: Request, where: dict[str, Any]) -> Iterator[model.ModelPlan]:
+    """One for each number of layers; the overhead, which has numbers of its own, goes with the first."""
+    layers = tuple(request.layers) or (3,)
+    usual = model.ModelPlan(where["preset"], layers[0], where["dtype"], request.device)
+    context, prefill, overhead = usual.context, usual.prefill, usual.overhead
+    if request.quick:
+        context, prefill, overhead = (16,), (5,), layers[:1]
+    for i, count in enumerate(layers):
+        yield replace(
+            usual,
+            layers=count,
+            context=tuple(request.context) or context,
+            prefill=tuple(request.tokens) or prefill,
+            ways=model.known_ways(request.baselines),
+            overhead=overhead if i == 0 and request.device == "cpu" else (),
+            tiny=request.quick,
+        )
 
 
 def _units(plan: model.ModelPlan, where: dict[str, Any], loaded: model.Loaded) -> Iterator[Part]:
@@ -208,9 +208,9 @@ def _units(plan: model.ModelPlan, where: dict[str, Any], loaded: model.Loaded) -
                 torch.set_num_threads(where["threads"])
             try:
                 found = measure()
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:  # one part's failure is a finding, not the end
                 found = {"error": str(error)[:160]}
-            document["models"].append({**where, "what": what, "size": size, **found})
+            document["models"].append({**found, **where, "what": what, "size": size})
 
         yield _key(MODEL, what, size, *where.values()), part
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from dsopt.bench import changes, clock, command, roofline, run, session
+from dsopt.bench import changes, clock, command, model, roofline, run, session
 from dsopt.bench.table import duration
 from dsopt.cli import app
 from dsopt.models.presets import PRESETS
@@ -183,6 +183,30 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="PyTorch sees no GPU"):
         session.Request(device="cuda")
+
+
+def test_a_model_is_planned_for_each_number_of_layers():
+    request = session.Request(ops=("model",), layers=(3, 10), context=(64,), baselines=("dsopt", "eager"))
+    (where,) = session._places(request)
+    first, second = session._plans(request, where)
+    assert (first.layers, second.layers) == (3, 10) and first.context == second.context == (64,)
+    assert first.overhead == (3, 27) and second.overhead == ()
+    assert first.ways == ("eager", "dsopt") and first.prefill and not first.tiny
+
+
+def test_a_part_of_a_model_that_fails_is_told(call, monkeypatch):
+    def fails():
+        raise MemoryError("the weights take 9 GiB")
+
+    found = {"tokens_per_s": {"dsopt": 2.0}, "failed": {"inductor": "decode: no compiler"}, "threads": 7}
+    parts = [("decode", 16, lambda: found), ("prefill", 5, fails)]
+    monkeypatch.setattr(model, "units", lambda plan, loaded: iter(parts))
+    done = call("--op", "model", "--quick", "--threads", "1", "--json", "-")
+    assert done.exit_code == 0
+    first, second = json.loads(done.stdout)["models"]
+    assert first["threads"] == 1 and second["error"] == "the weights take 9 GiB"
+    for text in ("2.00", "failed: inductor: decode: no compiler", "failed: prefill: the weights take 9 GiB"):
+        assert text in done.stderr
 
 
 def test_a_dated_name_says_what_and_where():
