@@ -27,7 +27,7 @@ def call():
 def test_help_names_the_commands(call):
     result = call("--help")
     assert result.exit_code == 0
-    assert all(command in result.output for command in ("demo", "env", "compile", "verify"))
+    assert all(command in result.output for command in ("demo", "env", "compile", "verify", "bench"))
 
 
 def test_version(call):

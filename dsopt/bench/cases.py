@@ -34,6 +34,11 @@ class Sizes:
     def rows(self) -> int:
         return self.batch * self.tokens
 
+    def __str__(self) -> str:
+        batch = f"{self.batch} x " if self.batch > 1 else ""
+        tokens = f"{self.tokens} token{'s' if self.tokens != 1 else ''}" if self.tokens else ""
+        return f"{batch}{tokens}{f' of {self.context}' if self.context else ''}"
+
 
 def _all_rows(args: tuple) -> tuple[tuple, Callable]:
     return args, lambda results: results
@@ -44,8 +49,8 @@ class Case:
     """One op at one geometry and size.
 
     name: which tensors of the model it is, such as "dense MLP"; note: what differs from the model.
-    make: `make(i)` gives the i-th set of arguments, as `Op.bind` orders them. Sets share no tensor that a call
-        would find in cache because of another set, unless it is read in every call of the model as well.
+    make: `make(i)` gives the i-th set of arguments, as `Op.bind` orders them. Sets share only what is far larger
+        than a cache.
     witness: `witness(args)` is a smaller call that the reference can do in reasonable time, and what picks the same
         part of a kernel's results.
     """
@@ -59,13 +64,7 @@ class Case:
 
     @property
     def title(self) -> str:
-        sizes = self.sizes
-        parts = [
-            f"{sizes.batch} x" if sizes.batch > 1 else "",
-            f"{sizes.tokens} token{'s' if sizes.tokens != 1 else ''}" if sizes.tokens else "",
-            f"of {sizes.context}" if sizes.context else "",
-        ]
-        return " ".join(filter(None, (self.name + ",", *parts))).rstrip(",")
+        return ", ".join(filter(None, (self.name, str(self.sizes))))
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,9 @@ def _show(
         out.print(part)
     for note in dict.fromkeys(row["note"] for row in document["rows"] if row["note"]):
         out.print(f"  {note}", style="dim")
+    if any((row["share"] or 0) > 1.05 for row in document["rows"]):
+        text = "more than 100%: the machine was busier while the ceilings were measured; measure again"
+        out.print(f"  {text}", style="yellow")
     if document.get("interrupted"):
         out.print("interrupted: the figures above are those that were finished", style="yellow")
     if json_file == "-":

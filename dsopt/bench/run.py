@@ -71,7 +71,7 @@ class Runner:
 
     def __init__(self, choice: Choice, ceilings: Ceilings, step: Callable[[str, str], None]):
         self.choice, self.ceilings, self.step = choice, ceilings, step
-        self.slow: dict[tuple[str, str], tuple[Sizes, str]] = {}
+        self.slow: dict[tuple[str, str, str], tuple[Sizes, str]] = {}
 
     @torch.inference_mode()
     def measure(self, case: Case, where: Mapping[str, Any]) -> tuple[list[dict], list[dict]]:
@@ -145,13 +145,13 @@ class Runner:
         start = time.perf_counter()
         way.fn(*args)
         if (seconds := time.perf_counter() - start) > SLOW:
-            self.slow[case.op.name, way.name] = (
+            self.slow[case.op.name, case.name, way.name] = (
                 case.sizes,
                 f"left out: it took {seconds:.1f} s for {case.title}",
             )
 
     def _too_slow(self, case: Case, name: str) -> str | None:
-        sizes, reason = self.slow.get((case.op.name, name), (None, None))
+        sizes, reason = self.slow.get((case.op.name, case.name, name), (None, None))
         if sizes is None or any(vars(case.sizes)[key] < size for key, size in vars(sizes).items()):
             return None
         return reason

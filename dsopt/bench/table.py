@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from dsopt.bench.cases import Sizes
 from dsopt.bench.ceilings import BANDWIDTH
 from dsopt.bench.overhead import PARTS
 
@@ -34,9 +35,7 @@ def same_case(row: dict[str, Any]) -> tuple:
 
 def size(row: dict[str, Any]) -> str:
     """The size of a case in words."""
-    batch = f"{row['batch']} x " if row["batch"] > 1 else ""
-    tokens = f"{row['tokens']} token{'s' if row['tokens'] != 1 else ''}" if row["tokens"] else ""
-    return f"{batch}{tokens}{' of ' + str(row['context']) if row['context'] else ''}"
+    return str(Sizes(row["tokens"], row["context"], row["batch"]))
 
 
 def rate(row: dict[str, Any]) -> str:

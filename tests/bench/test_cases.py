@@ -78,6 +78,19 @@ def test_sizes_are_every_combination_of_what_was_asked_for():
     assert chosen_sizes("rms_norm") == default_sizes("rms_norm")
 
 
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        (Sizes(1), "1 token"),
+        (Sizes(5, 7), "5 tokens of 7"),
+        (Sizes(2, 0, 3), "3 x 2 tokens"),
+        (Sizes(0), ""),
+    ],
+)
+def test_sizes_in_words(sizes, words):
+    assert str(sizes) == words and sizes.rows == sizes.tokens * sizes.batch
+
+
 def test_an_unknown_preset_is_refused():
     with pytest.raises(ValueError, match="unknown preset 'v9'") as error:
         geometry("v9", torch.float32, "cpu")
