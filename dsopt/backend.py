@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from dsopt.capture import capture, eager, guard_count, inductor, unsupported
 from dsopt.census import census_sites
@@ -20,9 +20,11 @@ from dsopt.explain import ran
 from dsopt.lower import lower
 from dsopt.op import backends, disabled_backends
 from dsopt.ops import OPS
+from dsopt.ops.linear import multi_linear
 from dsopt.pipeline import available_passes, dump, fuel, run_pipeline
 from dsopt.report import GRAPHS, GraphReport
 from dsopt.rewrite import site
+from dsopt.spell import spell
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def dsopt_backend(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Callable:
-    """Compiles one Dynamo graph: capture, count, passes, lower. The entry point named `dsopt`.
+    """Compiles one Dynamo graph: capture, count, passes, lower, spell. The entry point named `dsopt`.
 
     mode: torch.compile's, one of MODES; it goes to Inductor where that compiles a graph dsopt leaves alone.
     options: see `Options`; ValueError for what it does not know, as for an unknown mode or environment variable.
@@ -179,14 +181,22 @@ def _optimize(
         raise RuntimeError(
             "the census or a pass added a shape guard; sizes are compared through `known` only"
         )
-    report.kernels = lower(graph, choices.prefer())
     report.nodes_after = len(graph.graph.nodes)
-    dump(graph, f"{report.name}.lowered")
-    if not report.kernels:
+    if not any(map(_is_fused, graph.graph.nodes)):
         report.fallback = "nothing to fuse"
         return None
+    report.kernels = lower(graph, choices.prefer())
+    dump(graph, f"{report.name}.lowered")
     report.ran = ran(graph)
+    spell(graph)
     return graph.forward
+
+
+def _is_fused(node: Node) -> bool:
+    """Whether a call is an op of ours that stands for more than one of ATen's."""
+    if node.target is multi_linear.overload:
+        return len(node.args[1]) > 1
+    return any(node.target is op.overload for op in OPS.values())
 
 
 def _not_ours(gm: GraphModule, example_inputs: Sequence[Any]) -> str | None:

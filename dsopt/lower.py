@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import FunctionType
 
 import torch
 from torch.fx import GraphModule
@@ -10,19 +11,20 @@ from torch.fx import GraphModule
 from dsopt.capture import guard_count
 from dsopt.op import disabled_backends, select
 from dsopt.ops import OPS
-from dsopt.report import KernelUse
+from dsopt.report import KernelUse, Runs
 
 
 def lower(gm: GraphModule, prefer: Mapping[str, str]) -> list[KernelUse]:
     """Chooses a kernel for every op of the graph, once, and puts its planned callable in the op's place.
 
-    prefer: op name -> backend to try first. Returns one record per op and kernel, whose `calls` counts as the
-    graph runs. Each node keeps its op and its kernel's label in `meta`. Raises RuntimeError if a check or plan
-    looked at a size that is not static.
+    prefer: op name -> backend to try first. Returns one record per op and kernel, which share a count of the graph's
+    runs. Each node keeps its op and its kernel's label in `meta`. Raises RuntimeError if a check or plan looked at a
+    size that is not static.
     """
     guards = guard_count(gm)
     by_overload = {op.overload: op for op in OPS.values()}
     disabled = disabled_backends()
+    runs = Runs()
     uses: dict[tuple, KernelUse] = {}
     for node in gm.graph.nodes:
         op = by_overload.get(node.target) if node.op == "call_function" else None
@@ -33,26 +35,31 @@ def lower(gm: GraphModule, prefer: Mapping[str, str]) -> list[KernelUse]:
         choice = select(op, fakes, prefer.get(op.name), disabled)
         key = (op.name, choice.kernel.label, choice.refused)
         use = uses.setdefault(
-            key, KernelUse(op.name, choice.kernel.backend, choice.kernel.label, choice.refused)
+            key, KernelUse(op.name, choice.kernel.backend, choice.kernel.label, choice.refused, runs=runs)
         )
-        node.target, node.meta["op"], node.meta["kernel"] = _counted(choice.fn, use), op, use.kernel
+        use.sites += 1
+        if hasattr(choice.fn, "refresh"):
+            use.refreshers.append(choice.fn.refresh)
+        node.target, node.meta["op"], node.meta["kernel"] = _named(choice.fn, use.kernel), op, use.kernel
         node.args, node.kwargs = args, {}
     if guard_count(gm) != guards:
         raise RuntimeError("a kernel's check or plan added a shape guard; it may look at static sizes only")
+    if uses:
+        first = next(n for n in gm.graph.nodes if n.op != "placeholder")
+        with gm.graph.inserting_before(first):
+            gm.graph.call_function(runs.add)
     gm.recompile()
     return list(uses.values())
 
 
-def _counted(fn: Callable, use: KernelUse) -> Callable:
-    """fn, counting its calls in `use`."""
-    use.sites += 1
-    if hasattr(fn, "refresh"):
-        use.refreshers.append(fn.refresh)
+def _named(fn: Callable, kernel: str) -> Callable:
+    """fn itself if the graph's code can name it, which functions can be; else in a function of its kernel's name."""
+    if isinstance(fn, FunctionType) and fn.__name__.isidentifier():
+        return fn
 
     def call(*args):
-        use.calls += 1
         return fn(*args)
 
-    call.__name__ = use.kernel.replace(".", "_")
+    call.__name__ = kernel.replace(".", "_")
     call.__module__ = "dsopt.kernels"
     return call

@@ -28,6 +28,7 @@ PIPELINE = (
     "absorb_mla",
     "merge_linears",
     "canonicalize",
+    "share_repeats",
 )
 
 

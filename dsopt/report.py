@@ -23,17 +23,31 @@ from dsopt.op import Refusal
 from dsopt.rewrite import Log
 
 
+class Runs:
+    """How often a graph ran; its first call is `add`."""
+
+    def __init__(self):
+        self.total = 0
+
+    def add(self) -> None:
+        self.total += 1
+
+
 @dataclass
 class KernelUse:
-    """One kernel's work in one graph. sites: how often it stands there; calls: how often it has run."""
+    """One kernel's work in one graph. sites: how often it stands there; runs: how often the graph ran."""
 
     op: str
     backend: str
     kernel: str
     refused: tuple[Refusal, ...] = ()
     sites: int = 0
-    calls: int = 0
     refreshers: list[Callable[[], object]] = field(default_factory=list)
+    runs: Runs = field(default_factory=Runs)
+
+    @property
+    def calls(self) -> int:
+        return self.sites * self.runs.total
 
 
 @dataclass(frozen=True)

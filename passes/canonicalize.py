@@ -27,6 +27,9 @@ from dsopt.capture import known
 from dsopt.effects import MAYBE_VIEWS, Order, bases, between
 from dsopt.rewrite import Emitter, Log, argument, aten, is_op, is_tensor, replace, same_shape, shape, val
 
+# calls that take no more than a size or a dtype from their second argument
+_LIKE = (aten.type_as.default, aten.to.other, aten.expand_as.default, aten.view_as.default)
+
 Rule = Callable[[GraphModule, Node], Node | None]
 
 
@@ -78,6 +81,8 @@ def _serves(node: Node, new: Node, before: Node, order: Order, theirs: set[Node]
         emitted.add(step)
         step = step.prev
     leaves = {a for n in emitted for a in n.all_input_nodes} - emitted
+    if node.target in _LIKE:
+        leaves.add(node.args[1])
     return order.moved(between(node, leaves), node) is None
 
 

@@ -1,4 +1,4 @@
-"""linear(x, w1), linear(x, w2), ... of one x -> multi_linear(x, [w1, w2, ...]), any number of siblings."""
+"""linear(x, w1), linear(x, w2), ... of one x -> multi_linear(x, [w1, w2, ...]), any number of siblings, also one."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ def run(gm: GraphModule, log: Log) -> None:
     for x, linears in siblings.items():
         first = linears[0]
         group = [n for n in linears if n is first or (_ready(n, first) and not log.moved([n], first))]
-        if len(group) < 2:
-            continue
         log.hit()
         emit = Emitter(gm, first)
         weights = [argument(n, "weight") for n in group]

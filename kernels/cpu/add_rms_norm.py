@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from dsopt.capture import known
-from dsopt.kernels.cpu.native import _cpu
-from dsopt.kernels.cpu.rms_norm import DTYPES, check_norm, run_norm
+from dsopt.kernels.cpu.native import DTYPES, _cpu
+from dsopt.kernels.cpu.rms_norm import check_norm, run_norm
 from dsopt.op import Kernel
 
 

@@ -10,12 +10,10 @@ from dsopt.kernels.cpu.moe_experts import (
     NOTHING,
     UNLIMITED,
     check_weights,
-    dense_rows,
     matrix,
 )
 from dsopt.kernels.cpu.multi_linear import many_tokens
-from dsopt.kernels.cpu.native import _cpu
-from dsopt.kernels.cpu.rms_norm import DTYPES
+from dsopt.kernels.cpu.native import DTYPES, _cpu, dense_rows
 from dsopt.kernels.torch.gated_mlp import gated_mlp as aten_gated_mlp
 from dsopt.op import Kernel
 

@@ -14,8 +14,7 @@ from __future__ import annotations
 import torch
 
 from dsopt.capture import known
-from dsopt.kernels.cpu.native import _cpu
-from dsopt.kernels.cpu.rms_norm import require
+from dsopt.kernels.cpu.native import DTYPES, _cpu, dense_rows, require, spread
 from dsopt.op import Kernel
 
 # The rate of ATen's expanded form beside this kernel's own, where the two were measured to take the same time
@@ -25,7 +24,6 @@ EXPANDED_RATE = 0.8
 # without instructions for it ATen multiplies bfloat16 at an eighth of its float32 rate
 EXPANDS_BFLOAT16 = "avx512_bf16" in _cpu.isas()
 
-DTYPES = frozenset({torch.float32, torch.bfloat16})
 _NDIMS = {"q_nope": 4, "q_rope": 4, "latent": 3, "k_rope": 3, "w_uk": 3, "w_uv": 3}
 
 _MASK_KINDS = {
@@ -35,10 +33,6 @@ _MASK_KINDS = {
 }
 _HIDDEN = -1e30  # a finite value at or below this is some dtype's lowest: it hides a key
 _NO_MASK = (0, (0, 0, 0)), _cpu.Mask.none, _HIDDEN
-
-
-def _unit_stride(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def _shapes(q_nope, q_rope, latent, k_rope, w_uk, w_uv) -> tuple[tuple, ...]:
@@ -56,31 +50,49 @@ def _shapes(q_nope, q_rope, latent, k_rope, w_uk, w_uv) -> tuple[tuple, ...]:
     )
 
 
-def _require_mask(mask: torch.Tensor, batch: int, tokens: int, cached: int) -> None:
-    """ValueError for a mask that does not broadcast to (batch, 1, tokens, cached), or of another kind."""
+def _require(operands: tuple[torch.Tensor, ...]) -> None:
+    """ValueError, naming the argument, for operands whose shapes or dtypes do not belong together."""
+    dtype = operands[0].dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"q_nope must be float32 or bfloat16, got {dtype}")
+    for (name, ndim), x in zip(_NDIMS.items(), operands, strict=True):
+        if x.ndim != ndim:
+            raise ValueError(f"{name} must have {ndim} dimensions, got {list(x.shape)}")
+    wanted = _shapes(*operands)
+    if tuple(x.shape for x in operands) == wanted and all(x.dtype is dtype and x.is_cpu for x in operands):
+        return
+    for name, x, shape in zip(_NDIMS, operands, wanted, strict=True):
+        require(name, x, shape, dtype)
+
+
+def _native_mask(
+    mask: torch.Tensor, batch: int, tokens: int, cached: int
+) -> tuple[torch.Tensor, tuple[int, ...], float]:
+    """The mask in a native dtype with dense rows, its strides as (batch, tokens, cached), and the hiding value.
+
+    Raises ValueError for a mask that does not broadcast to (batch, 1, tokens, cached), or of another kind.
+    """
     wanted = (batch, 1, tokens, cached)
-    sizes = zip(reversed(mask.shape), reversed(wanted), strict=False)
     kind = mask.dtype == torch.bool or mask.dtype.is_floating_point
-    if not (kind and mask.is_cpu and mask.ndim <= 4 and all(a in (1, b) for a, b in sizes)):
+    strides = spread(mask, wanted)
+    if not kind or not mask.is_cpu or strides is None:
         raise ValueError(
             f"mask must be bool or float and broadcast to {list(wanted)}, got {list(mask.shape)} of {mask.dtype}"
         )
-
-
-def _native_mask(mask: torch.Tensor, batch: int, tokens: int, cached: int) -> tuple[torch.Tensor, float]:
-    """The mask as (batch, tokens, cached) of a native dtype with unit last stride, and the hiding value."""
     hidden = _HIDDEN
+    native = mask
     if mask.dtype == torch.float16:
         hidden = torch.finfo(torch.float16).min
-        mask = mask.float()
+        native = mask.float()
     elif mask.dtype == torch.float64:
         # float64's lowest value would turn into -inf, which means something else
         lowest = torch.finfo(torch.float32).min
-        mask = torch.where(mask == float("-inf"), mask, mask.clamp(min=lowest)).float()
-    mask = mask.expand(batch, 1, tokens, cached)[:, 0]
-    if cached > 1 and mask.stride(2) != 1:
-        mask = mask.contiguous()
-    return mask, hidden
+        native = torch.where(mask == float("-inf"), mask, mask.clamp(min=lowest)).float()
+    if cached > 1 and strides[3] != 1:
+        native = native.expand(wanted).contiguous()
+    if native is not mask:
+        strides = spread(native, wanted)
+    return native, (strides[0], strides[2], strides[3]), hidden
 
 
 def absorbed(
@@ -98,30 +110,23 @@ def absorbed(
 
     Raises ValueError, naming the argument, for operands whose shapes or dtypes do not belong together.
     """
-    dtype = q_nope.dtype
-    if dtype not in DTYPES:
-        raise ValueError(f"q_nope must be float32 or bfloat16, got {dtype}")
     operands = (q_nope, q_rope, latent, k_rope, w_uk, w_uv)
-    for name, x, ndim in zip(_NDIMS, operands, _NDIMS.values(), strict=True):
-        if x.ndim != ndim:
-            raise ValueError(f"{name} must have {ndim} dimensions, got {list(x.shape)}")
+    _require(operands)
     batch, heads, tokens, nope = q_nope.shape
     _, cached, rank = latent.shape
     rope, value = q_rope.shape[3], w_uv.shape[1]
-    for name, x, wanted in zip(_NDIMS, operands, _shapes(*operands), strict=True):
-        require(name, x, wanted, dtype)
-    out = torch.empty((batch, tokens, heads, value), dtype=q_nope.dtype)
+    out = torch.empty(batch, tokens, heads, value, dtype=q_nope.dtype)
     if out.numel() == 0:
         return out
     native_mask, mask_kind, hidden = _NO_MASK
     if mask is not None:
-        _require_mask(mask, batch, tokens, cached)
-        mask, hidden = _native_mask(mask, batch, tokens, cached)
-        native_mask, mask_kind = (mask.data_ptr(), mask.stride()), _MASK_KINDS[mask.dtype]
-    tensors = [_unit_stride(x) for x in operands]
+        mask, strides, hidden = _native_mask(mask, batch, tokens, cached)
+        native_mask, mask_kind = (mask.data_ptr(), strides), _MASK_KINDS[mask.dtype]
+    # what has no width has no rows either
+    dense = [x if not x.shape[-1] or dense_rows(x) else x.contiguous() for x in operands]
     _cpu.mla_attention(
         (batch, heads, tokens, cached, rank, nope, rope, value),
-        *[(x.data_ptr(), x.stride()) for x in tensors],
+        *[(x.data_ptr(), x.stride()) for x in dense],
         native_mask,
         mask_kind,
         hidden,

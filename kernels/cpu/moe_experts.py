@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 
 from dsopt.capture import known
-from dsopt.kernels.cpu.native import _cpu
-from dsopt.kernels.cpu.rms_norm import DTYPES
+from dsopt.kernels.cpu.native import DTYPES, _cpu, dense_rows
 from dsopt.op import Kernel
 
 Stack = tuple[int, int, int]
@@ -30,10 +29,6 @@ def stack(w: torch.Tensor | None) -> Stack:
 def matrix(w: torch.Tensor | None) -> Stack:
     """A matrix, or a vector as a matrix of one column, as a stack of one."""
     return NOTHING if w is None else (w.data_ptr(), 0, w.stride(0))
-
-
-def dense_rows(w: torch.Tensor) -> bool:
-    return w.stride(-1) == 1 or w.shape[-1] == 1
 
 
 def moe_experts(

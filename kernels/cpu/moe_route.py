@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 
 from dsopt.capture import known
-from dsopt.kernels.cpu.moe_experts import dense_rows
-from dsopt.kernels.cpu.native import _cpu
-from dsopt.kernels.cpu.rms_norm import DTYPES
+from dsopt.kernels.cpu.native import DTYPES, _cpu, dense_rows
 from dsopt.op import Kernel
 
 SCORING = _cpu.Scoring.__members__

@@ -11,9 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from dsopt.capture import known
-from dsopt.kernels.cpu.moe_experts import dense_rows
-from dsopt.kernels.cpu.native import _cpu
-from dsopt.kernels.cpu.rms_norm import DTYPES
+from dsopt.kernels.cpu.native import DTYPES, _cpu, dense_rows
 from dsopt.kernels.torch.gemm import bfloat16_is_slow
 from dsopt.kernels.torch.gemm import linear as aten_linear
 from dsopt.op import Kernel

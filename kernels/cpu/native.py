@@ -1,4 +1,10 @@
-"""The native extension, or an ImportError that says how to get it."""
+"""The native extension, or an ImportError that says how to get it, and how its kernels are handed tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
 
 try:
     from dsopt import _cpu
@@ -8,4 +14,36 @@ except ImportError as error:
         f"({error})"
     ) from error
 
-__all__ = ["_cpu"]
+__all__ = ["DTYPES", "_cpu", "dense_rows", "empty_like", "require", "spread"]
+
+DTYPES = frozenset({torch.float32, torch.bfloat16})
+
+
+def dense_rows(x: torch.Tensor) -> bool:
+    """Whether the elements of a row are neighbours."""
+    return x.stride(-1) == 1 or x.shape[-1] == 1
+
+
+def empty_like(x: torch.Tensor) -> torch.Tensor:
+    """A dense tensor of x's shape and dtype, not filled."""
+    return torch.empty_like(x) if x.is_contiguous() else torch.empty(*x.shape, dtype=x.dtype)
+
+
+def spread(x: torch.Tensor, shape: Sequence[int]) -> tuple[int, ...] | None:
+    """Strides with which x stands for a tensor of `shape`, or None if it does not broadcast to that."""
+    missing = len(shape) - x.ndim
+    strides = [0] * missing
+    for size, stride, wanted in zip(x.shape, x.stride(), shape[missing:], strict=False):
+        if size != wanted and size != 1:
+            return None
+        strides.append(stride if size == wanted else 0)
+    return tuple(strides) if missing >= 0 else None
+
+
+def require(name: str, got: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Native code trusts its pointers: ValueError for a tensor that it would read beyond or misread."""
+    if got.shape != shape or got.dtype != dtype or not got.is_cpu:
+        raise ValueError(
+            f"{name} must be {list(shape)} of {dtype} on the CPU, "
+            f"got {list(got.shape)} of {got.dtype} on {got.device}"
+        )

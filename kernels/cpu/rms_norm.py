@@ -9,10 +9,8 @@ from __future__ import annotations
 import torch
 
 from dsopt.capture import known
-from dsopt.kernels.cpu.native import _cpu
+from dsopt.kernels.cpu.native import DTYPES, _cpu, dense_rows, empty_like, require
 from dsopt.op import Kernel
-
-DTYPES = frozenset({torch.float32, torch.bfloat16})
 
 
 def check_norm(x: torch.Tensor, weight: torch.Tensor | None) -> str | None:
@@ -28,20 +26,13 @@ def check_norm(x: torch.Tensor, weight: torch.Tensor | None) -> str | None:
     return None
 
 
-def require(name: str, got: torch.Tensor, shape: tuple, dtype: torch.dtype) -> None:
-    """Native code trusts its pointers: ValueError for a tensor that it would read beyond or misread."""
-    if got.shape != shape or got.dtype != dtype or not got.is_cpu:
-        raise ValueError(
-            f"{name} must be {list(shape)} of {dtype} on the CPU, "
-            f"got {list(got.shape)} of {got.dtype} on {got.device}"
-        )
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """x as rows x hidden with elements of a row next to each other."""
-    hidden = x.shape[-1]
-    rows = x if x.ndim == 2 else x.reshape(x.numel() // hidden if hidden else 0, hidden)
-    return rows if rows.stride(1) == 1 or hidden == 1 else rows.contiguous()
+def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """x with elements of a row next to each other, and the elements from one row to the next."""
+    if x.is_contiguous():
+        return x, x.shape[-1]
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    rows = rows if dense_rows(rows) else rows.contiguous()
+    return rows, rows.stride(0)
 
 
 def run_norm(
@@ -57,14 +48,12 @@ def run_norm(
         require("residual", residual, x.shape, x.dtype)
     if weight is not None:
         require("weight", weight, x.shape[-1:], x.dtype)
-    out = torch.empty(x.shape, dtype=x.dtype)
-    total = None if residual is None else torch.empty(x.shape, dtype=x.dtype)
-    if out.numel() == 0:
+    out, total = empty_like(x), None if residual is None else empty_like(x)
+    count, hidden = x.numel(), x.shape[-1]
+    if not count:
         return out, total
-    x = _rows(x)
-    rows, hidden = x.shape
-    if residual is not None:
-        residual = _rows(residual)
+    x, x_stride = _rows(x)
+    residual, residual_stride = (None, 0) if residual is None else _rows(residual)
     if weight is not None and hidden > 1:
         weight = weight.contiguous()
     _cpu.rms_norm(
@@ -73,10 +62,10 @@ def run_norm(
         0 if weight is None else weight.data_ptr(),
         out.data_ptr(),
         0 if total is None else total.data_ptr(),
-        rows,
+        count // hidden,
         hidden,
-        x.stride(0),
-        0 if residual is None else residual.stride(0),
+        x_stride,
+        residual_stride,
         eps,
         x.dtype == torch.bfloat16,
     )

@@ -4,34 +4,34 @@ from __future__ import annotations
 
 import torch
 
-from dsopt.kernels.cpu.moe_experts import dense_rows
-from dsopt.kernels.cpu.native import _cpu
-from dsopt.kernels.cpu.rms_norm import DTYPES
+from dsopt.kernels.cpu.native import DTYPES, _cpu, dense_rows, empty_like, spread
 from dsopt.op import Kernel
-
-
-def _table(table: torch.Tensor, shape: torch.Size) -> tuple[int, tuple[int, ...]]:
-    """Address and outer strides of a table spread over x's outer dimensions, three of them."""
-    spread = table.expand(*shape[:-1], table.shape[-1])
-    return spread.data_ptr(), (*(0,) * (4 - spread.ndim), *spread.stride()[:-1])
 
 
 def rope(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved_in: bool, interleaved_out: bool
 ) -> torch.Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = empty_like(x)
     if not out.numel():
         return out
     x, cos, sin = (t if dense_rows(t) else t.contiguous() for t in (x, cos, sin))
+    shape, missing = x.shape, 4 - x.ndim
+    of_tables = (*shape[:-1], cos.shape[-1])
+    cos_strides, sin_strides = spread(cos, of_tables), spread(sin, of_tables)
+    if cos_strides is None or sin_strides is None:
+        raise ValueError(
+            f"cos and sin must broadcast to {list(of_tables)}, got {list(cos.shape)} and {list(sin.shape)}"
+        )
+    outer = (0,) * missing
     _cpu.rope(
-        (*(1,) * (4 - x.ndim), *x.shape),
-        (x.data_ptr(), (*(0,) * (4 - x.ndim), *x.stride()[:-1])),
-        _table(cos, x.shape),
-        _table(sin, x.shape),
+        (*(1,) * missing, *shape),
+        (x.data_ptr(), (*outer, *x.stride()[:-1])),
+        (cos.data_ptr(), (*outer, *cos_strides[:-1])),
+        (sin.data_ptr(), (*outer, *sin_strides[:-1])),
         out.data_ptr(),
         interleaved_in,
         interleaved_out,
-        cos.shape[-1] == x.shape[-1],
+        of_tables[-1] == shape[-1],
         x.dtype == torch.bfloat16,
         cos.dtype == torch.bfloat16,
     )
