@@ -79,7 +79,7 @@ def _check(q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal=Fa
     return refuse_operands(q_nope, operands) or refuse_mask(mask, q_nope.device, (batch, 1, new, cached))
 
 
-KERNELS = (Kernel("mla_attention", "triton", _plan, _check, device="cuda", dtypes=DTYPES, priority=20),)
+KERNELS = (Kernel("mla_attention", "triton", _plan, _check, device="cuda", dtypes=DTYPES, priority=30),)
 
 
 def ahead_of_time(tensor: Callable) -> Iterator[tuple]:

@@ -338,7 +338,7 @@ def _check(
 
 KERNELS = (
     Kernel(
-        "moe_experts", "triton", lambda *_: moe_experts, _check, device="cuda", dtypes=DTYPES, priority=20
+        "moe_experts", "triton", lambda *_: moe_experts, _check, device="cuda", dtypes=DTYPES, priority=30
     ),
 )
 
