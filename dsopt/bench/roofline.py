@@ -7,6 +7,7 @@ is left to gain. Baselines are small grey crosses. Source: Williams, Waterman an
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
@@ -65,7 +66,7 @@ def _y(row: dict[str, Any]) -> float:
 def _limits(axes: Any, rows: Sequence[dict[str, Any]], ceilings: Sequence[dict[str, Any]]) -> None:
     xs, ys = [_x(row) for row in rows], [_y(row) for row in rows]
     tops = [c["rate"] / 1e9 for c in ceilings if c["what"] != BANDWIDTH]
-    axes.set_xlim(min(xs) / 2, max(xs) * 8)
+    axes.set_xlim(min(xs) / 2, max(xs) * 14)
     axes.set_ylim(min(ys) / 2, max(ys + tops) * 2)
 
 
@@ -81,20 +82,15 @@ def _ceilings(axes: Any, rows: Sequence[dict[str, Any]], ceilings: Sequence[dict
         on = f", {count} thr" if count else ""
         top = max(mine.values()) / bandwidth
         axes.plot([low, top], [low * bandwidth, top * bandwidth], color=LINE_COLOR, linewidth=1.4)
-        # the label sits where the slope enters the axes
-        at = max(low, axes.get_ylim()[0] / bandwidth) * 1.15
-        axes.annotate(
-            f"{bandwidth:.0f} GB/s{on}",
-            (at, at * bandwidth),
-            (4, -12),
-            textcoords="offset points",
-            color=LINE_COLOR,
-        )
+        # left of the middle of what can be seen of the slope, where no point can lie
+        middle = (max(low, axes.get_ylim()[0] / bandwidth) * top) ** 0.5
+        at, text = (middle * 0.93, middle * bandwidth), f"{bandwidth:.0f} GB/s{on}"
+        axes.text(*at, text, ha="right", va="bottom", color=LINE_COLOR, fontsize=9)
         for what, rate in mine.items():
             axes.plot([rate / bandwidth, high], [rate, rate], color=LINE_COLOR, linewidth=1.4)
-            text = f"{what} products {rate:.0f} GFLOP/s{on}"
-            axes.annotate(
-                text, (high, rate), (-4, 3), textcoords="offset points", ha="right", color=LINE_COLOR
+            text = f" {what} products\n {rate:.0f} GFLOP/s{on}"
+            axes.text(
+                1, rate, text, transform=axes.get_yaxis_transform(), va="center", color=LINE_COLOR, fontsize=9
             )
 
 
@@ -112,23 +108,35 @@ def _points(axes: Any, kernels: Sequence[dict[str, Any]], others: Sequence[dict[
 
 
 def _labels(axes: Any, kernels: Sequence[dict[str, Any]]) -> None:
-    """A label right of each point, moved up where it would lie on another one's, with a line back to its point."""
+    """A label right of each point, at the nearest height where it lies on no other, with a line back to its point."""
     scale = axes.figure.dpi / 72
-    one_op = len({row["op"] for row in kernels}) == 1
     taken: list[tuple[float, float, float]] = []
     for row in sorted(kernels, key=_y):
         x, y = (float(v) / scale for v in axes.transData.transform((_x(row), _y(row))))
-        text = f"{row['name'].partition('.')[0] if one_op else row['name']} {size(row)}"
-        width = 4.6 * len(text)
-        place = y
-        while any(
-            abs(place - b) < _LABEL_ROOM and x + 8 < right and left < x + 8 + width
-            for left, right, b in taken
-        ):
-            place += 1.0
-        taken.append((x + 8, x + 8 + width, place))
-        line = {"arrowstyle": "-", "color": "#aaaaaa", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
+        text = _name(row, kernels)
+        left, right = x + 8, x + 8 + 4.6 * len(text)
+        beside = [height for a, b, height in taken if left < b and a < right]
+        places = (y + step * sign for step in range(500) for sign in (-1, 1))
+        place = next(p for p in places if all(abs(p - height) >= _LABEL_ROOM for height in beside))
+        taken.append((left, right, place))
+        line = {
+            "arrowstyle": "-",
+            "color": "#aaaaaa",
+            "linewidth": 0.5,
+            "shrinkA": 0,
+            "shrinkB": 2,
+            "relpos": (0, 0.5),
+        }
         axes.annotate(
             text, (_x(row), _y(row)), (8, place - y), textcoords="offset points", fontsize=8, va="center",
             arrowprops=line, zorder=4,
         )  # fmt: skip
+
+
+def _name(row: dict[str, Any], kernels: Sequence[dict[str, Any]]) -> str:
+    """The kernel and the size, and what else tells this point from the others."""
+    several_ops = len({other["op"] for other in kernels}) > 1
+    several_cases = len({other["case"] for other in kernels if other["op"] == row["op"]}) > 1
+    name = row["name"] if several_ops else row["name"].partition(".")[0]
+    case = re.sub(r" *\d.*", "", row["case"]) if several_cases else ""
+    return " ".join(filter(None, (name, case, size(row))))
