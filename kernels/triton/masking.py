@@ -16,6 +16,8 @@ from dsopt.capture import known
 NONE, BOOL, ADDED = 0, 1, 2
 # a finite value at or below this is some dtype's lowest, which hides a key
 _HIDDEN = -1e30
+# elements between rows of a mask from which offsets inside a block of 128 queries need more than 32 bits
+_FAR = 2**23
 
 
 class Mask(NamedTuple):
@@ -76,12 +78,12 @@ def ranges_kernel(
 def hide(scores, mask, mask_query, mask_key, query, key, present, KIND: tl.constexpr):
     """Scores (queries, keys) with the mask added, -inf for keys that are hidden or not present.
 
-    mask: at key 0 of the query that `query` counts from, which is (queries,), or (1,) where all share a row.
+    mask: at key 0 of the block's first query, from which `query` counts: (queries,), or (1,) where all share a row.
     """
     seen = present[None, :]
     if KIND != 0:
-        rows = mask + query.to(tl.int64) * mask_query
-        value = tl.load(rows[:, None] + key[None, :] * mask_key, mask=seen, other=0)
+        # 32 bits are enough from a block's first query, and 64 cost registers
+        value = tl.load(mask + (query[:, None] * mask_query + key[None, :] * mask_key), mask=seen, other=0)
         if KIND == 1:
             seen = seen & (value != 0)
         else:
@@ -116,6 +118,8 @@ def prepare_mask(mask: torch.Tensor | None, batch: int, new: int, cached: int) -
     mask = mask.view(torch.uint8) if kind == BOOL else mask
     mask = mask[(None,) * (4 - mask.ndim)][:, 0]
     rows = mask.expand(mask.shape[0], mask.shape[1], cached)
+    if rows.stride(1) >= _FAR:
+        rows = rows.contiguous()
     ranges = torch.empty(*rows.shape[:2], 2, dtype=torch.int32, device=mask.device)
     block = min(4096, max(16, triton.next_power_of_2(cached)))
     with torch.cuda.device_of(mask):

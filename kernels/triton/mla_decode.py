@@ -76,15 +76,16 @@ def split_kernel(
         q_turned = tl.load(q_rope + at[:, None] + d[None, :] * q_rope_dim, mask=turns, other=0.0)
         k_rope += batch * k_rope_batch + d[None, :] * k_rope_dim
 
-    begin, end = 0, cached
+    begin, end, query = 0, cached, token
     if KIND != 0:
         visible = ranges + batch * ranges_batch + token_at * ranges_query
         begin = tl.min(tl.load(visible), 0)
         end = tl.max(tl.load(visible + 1), 0)
-        mask += batch * mask_batch
+        first = tl.program_id(0) * BLOCK_H // heads
+        query = tl.zeros((1,), tl.int32) if ONE_TOKEN else token - first
+        mask += batch * mask_batch + first.to(tl.int64) * mask_query
     if IS_CAUSAL:
         end = tl.minimum(end, tl.max(token, 0) + 1)
-    query = tl.zeros((1,), tl.int32) if ONE_TOKEN else token
     keys = tl.cdiv(tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N), splits) * BLOCK_N
     begin += split * keys
     end = tl.minimum(end, begin + keys)

@@ -164,6 +164,14 @@ def test_free_slots_of_a_static_cache_are_not_read():
         close(out, clean)
 
 
+def test_a_mask_whose_rows_are_far_apart():
+    mask = masks(2, 5, 45, torch.float32)["bool"]
+    far = torch.empty_strided(mask.shape, (64, 64, 2**24, 1), dtype=torch.bool).copy_(mask)
+    args = (*case(torch.float32), far, 0.3)
+    close(absorbed(args, 1), args)
+    close(expanded(args), args)
+
+
 def test_few_new_tokens_are_absorbed_and_many_expanded(monkeypatch):
     """At DeepSeek's widths the two cost the same at 171 new tokens."""
     called = []
