@@ -11,8 +11,9 @@
     kernels    = inner - allocating   what is left: ATen's and dsopt's kernels, their own Python and scratch memory too
 
 The four sum up to the whole. Views stay in the graph in every variant, for they compute nothing. The variants take
-turns, and the parts are differences of medians. At tiny widths the kernels have next to nothing to do, so there the
-whole is an upper bound of what a step of that many layers costs besides them.
+turns, and each figure is the fastest of many calls: what other processes add would not cancel in a difference. At
+tiny widths the kernels have next to nothing to do, so there the whole is an upper bound of what a step of that many
+layers costs besides them.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def breakdown(
     for variant in fns.values():
         variant(*arguments())
     seconds = {
-        name: timing.seconds for name, timing in medians(fns, arguments, budget, max_rounds=1000).items()
+        name: timing.fastest for name, timing in medians(fns, arguments, budget, max_rounds=1000).items()
     }
     parts = {
         "guards": seconds["whole"] - seconds["inner"],
