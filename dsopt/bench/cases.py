@@ -189,7 +189,7 @@ def _multi_linear(geo: Geometry, sizes: Sizes) -> Iterator[Case]:
     def make(i: int) -> tuple:
         r = geo.data.random(i)
         weights = [r(width, hidden, scale=hidden**-0.5) for width in (query, latent)]
-        return r(sizes.rows, hidden), weights, [None, None]
+        return OPS["multi_linear"].bind((r(sizes.rows, hidden), weights, [None, None]))
 
     yield Case(OPS["multi_linear"], f"{hidden} to {query} and {latent}", sizes, make, witness=_first_rows)
 

@@ -44,7 +44,7 @@ def _per_element(flops: int) -> Callable:
 
 
 def _multi_linear(args: tuple, results: Sequence[torch.Tensor]) -> tuple[int, int]:
-    x, weights, _ = args
+    x, weights = args[:2]
     rows = x.numel() // x.shape[-1]
     return nbytes(*tensors(args), *results), 2 * rows * sum(w.numel() for w in weights)
 
@@ -66,7 +66,7 @@ def seen_pairs(mask: torch.Tensor | None, is_causal: bool, batch: int, new: int,
 
 def _mla_attention(args: tuple, results: Sequence[torch.Tensor]) -> tuple[int, int]:
     q_nope, q_rope, latent = args[:3]
-    w_uv, mask, _, is_causal = args[5:]
+    w_uv, mask, _, is_causal = args[5:9]
     batch, heads, new, nope = q_nope.shape
     keys, rank = latent.shape[1:]
     rope, value = q_rope.shape[-1], w_uv.shape[1]
