@@ -113,14 +113,16 @@ class Runner:
         for kernel in found:
             if asked is not None and kernel.backend not in asked:
                 continue
-            reason = "disabled by DSOPT_DISABLE" if kernel.backend in disabled else kernel.refuses(args)
-            if reason is not None:
-                problem(kernel.label, "refused", reason)
-                continue
             try:
-                yield Way(kernel.label, kernel.plan(*args))
+                reason = "disabled by DSOPT_DISABLE" if kernel.backend in disabled else kernel.refuses(args)
+                planned = None if reason is not None else kernel.plan(*args)
             except Exception as error:
                 problem(kernel.label, "failed", _line(error))
+                continue
+            if planned is None:
+                problem(kernel.label, "refused", reason)
+            else:
+                yield Way(kernel.label, planned)
 
     def _baselines(self, case: Case, args: tuple, problem: Callable) -> Iterator[Way]:
         found, broken = baselines()

@@ -65,6 +65,7 @@ def test_only_right_kernels_are_timed(only):
         kernel("broken", broken),
         kernel("picky", rms_norm_reference, check=lambda *_: "needs another width"),
         Kernel("rms_norm", "cpu", broken, name="unplanned"),
+        kernel("unsure", rms_norm_reference, check=broken),
         broken=(Refusal("gone.rms_norm", "import failed: no such module"),),
     )
     rows, problems = measured()
@@ -75,6 +76,7 @@ def test_only_right_kernels_are_timed(only):
         ("cpu.broken", "failed"),
         ("cpu.picky", "refused"),
         ("cpu.unplanned", "failed"),
+        ("cpu.unsure", "failed"),
         ("gone.rms_norm", "refused"),
     }
     reasons = {p["name"]: p["reason"] for p in problems}
