@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 
 import pytest
 import torch
 from families import FAMILIES, all_experts, build
 from transformers import DynamicCache, StaticCache
+from transformers.integrations.moe import batched_mm_experts_forward
 
 import dsopt
 from dsopt.testing import relative_l2
@@ -172,8 +174,15 @@ def test_eager_attention_is_canonicalized(family):
 )
 def test_experts_implementations(family, dtype, experts):
     _, report = check(family, dtype, "none", ["plain"], experts=experts)
-    assert_all_matched(report, family)
-    assert len(report.graphs) == 1
+    (graph,) = report.graphs
+    if experts == "batched_mm" and "sentinel_mask" not in inspect.getsource(batched_mm_experts_forward):
+        # older transformers compute another expert for an id that is none's, which no op does
+        reasons = [m["reason"] for p in graph.passes if p.name == "batch_experts" for m in p.misses]
+        assert (
+            reasons == ["clamp gives ids that are no expert's to another expert"] * graph.matched()["moe"][1]
+        )
+    else:
+        assert_all_matched(report, family)
 
 
 def test_free_routing_chooses_the_same_experts():
