@@ -47,7 +47,7 @@ def ranges_kernel(
 
     A row of an additive mask that hides every key by a finite value spreads its weight over all of them: it sees all.
     """
-    batch, query = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    query, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     mask += batch * mask_batch + query * mask_query
     first = tl.zeros((BLOCK,), tl.int32) + cached
     end = tl.zeros((BLOCK,), tl.int32)
@@ -69,7 +69,7 @@ def ranges_kernel(
     if KIND == 2:
         spread = (high == 0) & (tl.max(finite, 0) > 0)
         low, high = tl.where(spread, 0, low), tl.where(spread, cached, high)
-    out = ranges + (batch * tl.num_programs(1) + query) * 2
+    out = ranges + (batch * tl.num_programs(0) + query) * 2
     tl.store(out, low)
     tl.store(out + 1, high)
 
@@ -123,7 +123,9 @@ def prepare_mask(mask: torch.Tensor | None, batch: int, new: int, cached: int) -
     ranges = torch.empty(*rows.shape[:2], 2, dtype=torch.int32, device=mask.device)
     block = min(4096, max(16, triton.next_power_of_2(cached)))
     with torch.cuda.device_of(mask):
-        ranges_kernel[rows.shape[:2]](rows, ranges, cached, hidden, *rows.stride(), KIND=kind, BLOCK=block)
+        ranges_kernel[rows.shape[1], rows.shape[0]](
+            rows, ranges, cached, hidden, *rows.stride(), KIND=kind, BLOCK=block
+        )
     return Mask(kind, rows.expand(batch, new, cached), ranges.expand(batch, new, 2))
 
 

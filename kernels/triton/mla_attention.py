@@ -97,7 +97,7 @@ def ahead_of_time(tensor: Callable) -> Iterator[tuple]:
             mask = tensor(1, 1, new, cached, dtype=torch.bool)
             yield *case(heads, new, cached), mask, 0.1
             yield *case(heads, new, cached), tensor(1, 1, new, cached), 0.1
-        yield *case(heads, 1, 4096), None, 0.1
+        yield *case(heads, 1, 32768), None, 0.1
         yield *case(heads, 1024, 1024), None, 0.1, True
     yield *case(64, 1024, 1024, nope=192, v=256), None, 0.1, True
     for new in (1, 1024):

@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-# choices that one program compares pair by pair
-FEW = 128
+# choices that one program compares pair by pair; more do not fit into its registers
+FEW = 64
 
 
 def most_blocks(choices: int, num_experts: int, block_m: int) -> int:
@@ -103,6 +103,7 @@ def align(ids: torch.Tensor, num_experts: int, block_m: int) -> tuple[torch.Tens
         few_kernel[(1,)](
             ids, order, block_expert, choices, num_experts, num_blocks,
             BLOCK=block, BLOCK_M=block_m, BLOCKS=triton.next_power_of_2(num_blocks),
+            num_warps=8 if block > 32 else 4,
         )  # fmt: skip
         return order, block_expert
     counts = torch.empty(num_experts, dtype=torch.int32, device=ids.device)

@@ -354,6 +354,7 @@ def ahead_of_time(tensor: Callable) -> Iterator[tuple]:
     for tokens in (1, 256, 512, 4096):
         yield case(tokens, 6, 64, 2048, 1408)
     yield case(1, 8, 256, 7168, 2048)
+    yield case(8, 8, 256, 7168, 2048)
     yield case(4096, 8, 256, 7168, 2048)
     for tokens in (1, 4096):
         yield case(tokens, 6, 64, 2048, 1408, torch.float32)

@@ -70,7 +70,7 @@ def check(args, **options):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_several_blocks_of_rows_columns_and_depth(dtype, few, monkeypatch):
     """45 choices over 3 experts, 3 columns of 16 hidden, 2 of 32 out, 3 and 4 steps along the sums, all ragged."""
-    monkeypatch.setattr(moe_align, "FEW", 128 if few else 0)
+    monkeypatch.setattr(moe_align, "FEW", 64 if few else 0)
     args = case(15, 3, 3, 41, 50, dtype)
     check(args, chosen=SMALL)
     gate, up = args[3].chunk(2, 1)
