@@ -178,9 +178,8 @@ def test_experts_implementations(family, dtype, experts):
     if experts == "batched_mm" and "sentinel_mask" not in inspect.getsource(batched_mm_experts_forward):
         # older transformers compute another expert for an id that is none's, which no op does
         reasons = [m["reason"] for p in graph.passes if p.name == "batch_experts" for m in p.misses]
-        assert (
-            reasons == ["clamp gives ids that are no expert's to another expert"] * graph.matched()["moe"][1]
-        )
+        assert len(reasons) == graph.matched()["moe"][1]
+        assert all("gives ids that are no expert's to another expert" in reason for reason in reasons)
     else:
         assert_all_matched(report, family)
 
