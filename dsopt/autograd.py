@@ -34,7 +34,9 @@ def register(qualname: str, reference: Callable, library: torch.library.Library)
             got = torch.autograd.grad(roots, wanted, seeds, allow_unused=True)
             found = {id(x): g for x, g in zip(wanted, got, strict=True)}
         filled = _fill(ctx.layout, iter([found.get(id(x)) for x in leaves]))
-        return tuple(g if _is_all_tensors(slot) else None for g, slot in zip(filled, ctx.layout, strict=True))
+        given = len(ctx.needs_input_grad)  # defaults that the caller left out are not among the inputs
+        slots = zip(filled, ctx.layout, strict=True)
+        return tuple(g if _is_all_tensors(slot) else None for g, slot in slots)[:given]
 
     torch.library.register_autograd(qualname, backward, setup_context=_save, lib=library)
 

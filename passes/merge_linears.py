@@ -1,9 +1,12 @@
-"""linear(x, w1), linear(x, w2), ... of one x -> multi_linear(x, [w1, w2, ...]), any number of siblings, also one."""
+"""linear(x, w1), linear(x, w2), ... of one x -> multi_linear(x, [w1, w2, ...]), any number of siblings, also one.
+
+linear(x.to(d), w.to(d)), w narrower than d -> multi_linear(x, [w], dtype=d): nothing widened is stored."""
 
 from __future__ import annotations
 
 import operator
 
+import torch
 from torch.fx import GraphModule, Node
 
 from dsopt.ops.linear import multi_linear
@@ -22,9 +25,22 @@ def run(gm: GraphModule, log: Log) -> None:
         emit = Emitter(gm, first)
         weights = [argument(n, "weight") for n in group]
         biases = [argument(n, "bias") for n in group]
-        merged = emit(multi_linear.overload, x, weights, biases, like=[val(n) for n in group])
+        operands = (x, weights, biases)
+        if not any(map(is_tensor, biases)) and _widened([x, *weights], log, first):
+            operands = (x.args[0], [w.args[0] for w in weights], biases, val(x).dtype)
+        merged = emit(multi_linear.overload, *operands, like=[val(n) for n in group])
         for i, node in enumerate(group):
             replace(node, emit(operator.getitem, merged, i, like=val(node)))
+
+
+def _widened(nodes: list[Node], log: Log, at: Node) -> bool:
+    """True when all are casts from one narrower float dtype, of what nothing writes to before `at`."""
+    if not all(is_op(n, aten.to.dtype) and len(n.args) == 2 for n in nodes):
+        return False
+    sources = {val(n.args[0]).dtype for n in nodes}
+    wide, narrow = val(nodes[0]).dtype, next(iter(sources))
+    floats = len(sources) == 1 and narrow.is_floating_point and wide == torch.float32
+    return floats and narrow.itemsize < wide.itemsize and not log.moved(nodes, at)
 
 
 def _ready(node: Node, first: Node) -> bool:

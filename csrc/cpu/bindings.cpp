@@ -111,7 +111,7 @@ void register_multi_linear(py::module_& m) {
   m.def(
       "multi_linear",
       [](uintptr_t x, int64_t x_stride, int64_t tokens, int64_t in_features,
-         const std::vector<std::array<int64_t, 5>>& weights, bool bfloat16) {
+         const std::vector<std::array<int64_t, 5>>& weights, bool bfloat16, bool bfloat16_out) {
         std::vector<MultiLinear::Weight> all;
         all.reserve(weights.size());
         for (const auto& [data, stride, out_features, bias, out] : weights) {
@@ -119,7 +119,8 @@ void register_multi_linear(py::module_& m) {
                          pointer(static_cast<uintptr_t>(bias)), writable(static_cast<uintptr_t>(out))});
         }
         const MultiLinear args{tokens, in_features, static_cast<int64_t>(all.size()), pointer(x), x_stride, all.data(),
-                               bfloat16 ? Dtype::bfloat16 : Dtype::float32};
+                               bfloat16 ? Dtype::bfloat16 : Dtype::float32,
+                               bfloat16_out ? Dtype::bfloat16 : Dtype::float32};
         active_isa();
         py::gil_scoped_release nogil;
         multi_linear(args);

@@ -9,7 +9,8 @@ namespace {
 // weight rows of an item of work
 constexpr int64_t kBlock = 64;
 
-template <class T>
+// T: dtype of the operands, Out: of the results
+template <class T, class Out>
 struct Linears {
   using Element = typename Packing<T>::Element;
   const MultiLinear& a;
@@ -32,7 +33,7 @@ struct Linears {
       float y[kTileTokens][kBlock];
       dot_rows(rows, n, tokens, count, a.in_features, &y[0][0], kBlock);
       for (int64_t i = 0; i < count; ++i) {
-        T* out = static_cast<T*>(w.out) + (t + i) * w.out_features + first;
+        Out* out = static_cast<Out*>(w.out) + (t + i) * w.out_features + first;
         int64_t j = 0;
         for (; j + kLanes <= n; j += kLanes) {
           store(out + j, bias ? load(y[i] + j) + load(bias + j) : load(y[i] + j));
@@ -70,7 +71,8 @@ struct Linears {
 }  // namespace
 
 void multi_linear(const MultiLinear& args) {
-  args.dtype == Dtype::float32 ? Linears<float>(args).run() : Linears<Bf16>(args).run();
+  if (args.dtype == Dtype::float32) return Linears<float, float>(args).run();
+  args.out_dtype == Dtype::float32 ? Linears<Bf16, float>(args).run() : Linears<Bf16, Bf16>(args).run();
 }
 
 }  // namespace dsopt::DSOPT_VARIANT

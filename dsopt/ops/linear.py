@@ -18,14 +18,22 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def multi_linear_reference(
-    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    dtype: torch.dtype | None = None,
 ) -> list[torch.Tensor]:
     """[x @ w.T + b for each weight and bias]: sibling projections of one input, read in one sweep.
 
     x (..., in_features); weights[i] (out_features_i, in_features); biases[i] (out_features_i,) or None, one
     per weight. The weights stay where they are: nothing is concatenated.
+    dtype: what everything is widened to first, and the results' dtype; by default that of x.
     """
-    return [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
+    wide = x.dtype if dtype is None else dtype
+    return [
+        F.linear(x.to(wide), w.to(wide), None if b is None else b.to(wide))
+        for w, b in zip(weights, biases, strict=True)
+    ]
 
 
 def gated_mlp_reference(
@@ -74,6 +82,9 @@ def _multi_linear_samples(device: torch.device, dtype: torch.dtype) -> Iterator[
         yield r(*shape), [w(n, k) for n in widths], [None] * len(widths)
         yield r(*shape), [w(n, k) for n in widths], [None, *(r(n) for n in widths[1:])]
     yield r(3, 2, 40)[:, 1], [w(24, 80)[:, ::2], w(40, 9).T], [r(24), None]
+    wide = torch.promote_types(dtype, torch.float32)
+    for tokens in (1, 3, 300):
+        yield r(tokens, 40), [w(24, 40), w(3, 40)], [None, r(3)], wide
 
 
 def _gated_mlp_samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple]:
@@ -97,7 +108,7 @@ def _gated_mlp_samples(device: torch.device, dtype: torch.dtype) -> Iterator[tup
 
 multi_linear = Op(
     name="multi_linear",
-    schema="(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]",
+    schema="(Tensor x, Tensor[] weights, Tensor?[] biases, ScalarType? dtype=None) -> Tensor[]",
     reference=multi_linear_reference,
     samples=_multi_linear_samples,
 )

@@ -13,7 +13,7 @@ import torch
 from dsopt.capture import known
 from dsopt.kernels.cpu.native import DTYPES, _cpu, dense_rows
 from dsopt.kernels.torch.gemm import bfloat16_is_slow
-from dsopt.kernels.torch.gemm import linear as aten_linear
+from dsopt.kernels.torch.multi_linear import multi_linear as aten
 from dsopt.op import Kernel
 
 # Tokens from which ATen's GEMM is the faster, as measured by benchmarks/bench_linear.py on an AVX-512 chip without
@@ -28,38 +28,43 @@ def many_tokens(x: torch.Tensor) -> bool:
 
 
 def native(
-    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    dtype: torch.dtype | None = None,
 ) -> list[torch.Tensor]:
-    """As multi_linear, always by the native kernel. Rows of weights must be dense."""
+    """As multi_linear, always by the native kernel. Rows of weights must be dense, and x must have columns."""
     *tokens, in_features = x.shape
-    rows = (
-        x
-        if x.ndim == 2
-        else x.reshape(-1, in_features)
-        if in_features
-        else x.new_empty(x[..., :1].numel(), 0)
-    )
+    dtype = x.dtype if dtype is None else dtype
+    rows = x if x.ndim == 2 else x.reshape(-1, in_features)
     if not dense_rows(rows):
         rows = rows.contiguous()
     outs, table = [], []
     for w, bias in zip(weights, biases, strict=True):
-        out = torch.empty(*tokens, w.shape[0], dtype=x.dtype)
+        out = torch.empty(*tokens, w.shape[0], dtype=dtype)
         outs.append(out)
         table.append(
             (w.data_ptr(), w.stride(0), w.shape[0], 0 if bias is None else bias.data_ptr(), out.data_ptr())
         )
     _cpu.multi_linear(
-        rows.data_ptr(), rows.stride(0), rows.shape[0], in_features, table, x.dtype == torch.bfloat16
+        rows.data_ptr(),
+        rows.stride(0),
+        rows.shape[0],
+        in_features,
+        table,
+        x.dtype == torch.bfloat16,
+        dtype == torch.bfloat16,
     )
     return outs
 
 
 def multi_linear(
-    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    dtype: torch.dtype | None = None,
 ) -> list[torch.Tensor]:
-    if many_tokens(x):
-        return [aten_linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
-    return native(x, weights, biases)
+    return (aten if many_tokens(x) else native)(x, weights, biases, dtype)
 
 
 def _plan(*args):
@@ -67,7 +72,11 @@ def _plan(*args):
     return multi_linear
 
 
-def _check(x, weights, biases) -> str | None:
+def _check(x, weights, biases, dtype=None) -> str | None:
+    if dtype not in (None, x.dtype, torch.float32):
+        return f"gives x's dtype {x.dtype} or float32, got dtype {dtype}"
+    if x.ndim == 0 or x.shape[-1] == 0:
+        return f"needs rows with elements, got x of shape {list(x.shape)}"
     for i, (w, bias) in enumerate(zip(weights, biases, strict=True)):
         if w.dtype != x.dtype or w.device.type != "cpu":
             return f"needs weight {i} of x's dtype {x.dtype} on the CPU, got {w.dtype} on {w.device}"

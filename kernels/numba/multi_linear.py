@@ -55,7 +55,10 @@ def linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -
 
 
 def multi_linear(
-    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    dtype: torch.dtype | None = None,
 ) -> list[torch.Tensor]:
     return [linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
 
@@ -71,7 +74,9 @@ def check_weight(name: str, w: torch.Tensor, x: torch.Tensor, shape: Sequence[in
     return None
 
 
-def _check(x, weights, biases):
+def _check(x, weights, biases, dtype=None):
+    if dtype not in (None, x.dtype):
+        return f"computes in x's dtype {x.dtype}, got dtype {dtype}"
     reasons = [
         check_weight(f"weights[{i}]", w, x, (w.shape[0], x.shape[-1]))
         for i, w in enumerate(weights)

@@ -106,3 +106,39 @@ def test_input_changed_between_siblings():
     x = torch.randn(2, 16)
     result = rewritten(run, x, passes=PASSES)
     assert all(relative_l2(a, b) < 1e-6 for a, b in zip(result.run(x), run(x), strict=True))
+
+
+def test_widened_operands():
+    """A router in float32 over a bfloat16 model: nothing widened is stored."""
+
+    def fn(x, w, v):
+        y, w, v = x.float(), w.float(), v.float()
+        return F.linear(y, w), F.linear(y, v)
+
+    args = [torch.randn(3, 16).bfloat16(), torch.randn(5, 16).bfloat16(), torch.randn(4, 16).bfloat16()]
+    result = rewritten(fn, *args, passes=PASSES)
+    assert result.ops() == ["dsopt.multi_linear"]
+    for got, want in zip(result.run(*args), fn(*args), strict=True):
+        assert got.dtype == torch.float32 and relative_l2(got, want) < 1e-6
+
+
+def test_casts_that_stay():
+    """A weight that is not widened, a bias, a cast that rounds, a weight written before the layer reads it."""
+    x, w, b = torch.randn(3, 16).bfloat16(), torch.randn(5, 16), torch.randn(5).bfloat16()
+
+    def written(x, w):
+        y, v = x.float(), w.float()
+        w.zero_()
+        return F.linear(y, v)
+
+    cases = [
+        (lambda x, w: F.linear(x.float(), w), (x, w)),
+        (lambda x, w, b: F.linear(x.float(), w.float(), b.float()), (x, w.bfloat16(), b)),
+        (lambda x, w: F.linear(x.bfloat16(), w.bfloat16()), (x.float(), w)),
+        (written, (x, w.bfloat16())),
+    ]
+    for fn, args in cases:
+        result = rewritten(fn, *[a.clone() for a in args], passes=PASSES)
+        assert "aten.to" in result.ops() and result.count("dsopt.multi_linear") == 1
+        want = fn(*[a.clone() for a in args])
+        assert relative_l2(result.run(*[a.clone() for a in args]), want) < 1e-2

@@ -89,7 +89,7 @@ struct MultiLinear {
     void* out;         // tokens x out_features, dense
   };
   const Weight* weights;
-  Dtype dtype;
+  Dtype dtype, out_dtype;  // the results' is the operands' or float32
 };
 
 enum class Scoring { softmax, sigmoid, sqrtsoftplus };
