@@ -297,4 +297,5 @@ def test_instructions():
     for name, (has, lacks) in registers.items():
         assert re.search(has, code[name]) and re.search(r"vfmadd\w+ps", code[name]), name
         assert lacks is None or not re.search(lacks, code[name]), name
+    assert "vdpbf16ps" in code["avx512_bf16"] and "vdpbf16ps" not in code["avx512"]
     assert not re.search(r"%[yz]mm|vfmadd", code["other"])
