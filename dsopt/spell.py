@@ -18,7 +18,7 @@ from dsopt.rewrite import aten
 
 Tensor = torch.Tensor
 
-# overload -> function of the same arguments in the same order
+# overload -> function that takes up to four of the same arguments in the same order
 _SAME: Mapping[Any, Callable] = {
     aten.add.Tensor: operator.add,
     aten.sub.Tensor: operator.sub,
@@ -66,9 +66,9 @@ def spell(gm: GraphModule) -> None:
 def _spelling(node: Node) -> tuple[Callable, tuple] | None:
     if node.kwargs:
         return None
-    if (same := _SAME.get(node.target)) is not None:
+    if (same := _SAME.get(node.target)) is not None and len(node.args) <= 4:
         return same, node.args
-    if (sizes := _SIZES.get(node.target)) is not None and len(node.args) == 2:
+    if (sizes := _SIZES.get(node.target)) is not None and len(node.args) == 2 and node.args[1]:
         return sizes, (node.args[0], *node.args[1])
     if node.target is aten.slice.Tensor:
         return _narrow(node)
