@@ -7,7 +7,7 @@
 
     guards     = whole - inner        Dynamo's guards and bytecode, and the Python of transformers around the graph
     python     = empty                dispatch of the generated code: views, sizes, calls and their arguments
-    allocation = allocating - empty   a `torch.empty` for each result, and giving its memory back
+    allocation = allocating - empty   an empty tensor for each result, and giving its memory back
     kernels    = inner - allocating   what is left: ATen's and dsopt's kernels, their own Python and scratch memory too
 
 The four sum up to the whole. Views stay in the graph in every variant, for they compute nothing. The variants take
@@ -190,11 +190,7 @@ def _allocating(node: Node, result: Any) -> Callable:
     """A call that allocates results like these; what writes into an argument returns it and allocates nothing."""
     if _writes(node):
         return _handing_out(node, result)
-    forms = [(tuple(x.shape), x.dtype, x.device) for x in flat(result) if _is_tensor(x)]
-
-    def new(*args, **kwargs):
-        made = [torch.empty(sizes, dtype=dtype, device=device) for sizes, dtype, device in forms]
-        return made[0] if single else made
-
-    single = _is_tensor(result)
-    return _named(new, node)
+    if _is_tensor(result):
+        return _named(lambda *args, **kwargs: torch.empty_like(result), node)
+    results = [x for x in flat(result) if _is_tensor(x)]
+    return _named(lambda *args, **kwargs: [torch.empty_like(x) for x in results], node)
