@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 from dsopt.capture import capture, eager, guard_count, inductor, unsupported
 from dsopt.census import census_sites
 from dsopt.explain import ran
+from dsopt.graphcache import Entry
 from dsopt.lower import lower
 from dsopt.op import backends, disabled_backends
 from dsopt.ops import OPS
@@ -172,7 +173,27 @@ class _Compiled:
 def _optimize(
     gm: GraphModule, example_inputs: Sequence[Any], choices: Options, report: GraphReport
 ) -> Callable | None:
-    graph = capture(gm, example_inputs)
+    entry = Entry(gm, example_inputs, report, choices.passes, choices.prefer())
+    graph = entry.load()
+    if graph is None:
+        graph = capture(gm, example_inputs)
+        _rewrite(graph, choices, report)
+        entry.keep(graph)
+    report.nodes_after = len(graph.graph.nodes)
+    if not any(map(_is_fused, graph.graph.nodes)):
+        entry.save(graph)
+        report.fallback = "nothing to fuse"
+        return None
+    report.kernels = lower(graph, choices.prefer(), entry.kernels)
+    entry.save(graph)
+    dump(graph, f"{report.name}.lowered")
+    report.ran = ran(graph)
+    spell(graph)
+    return graph.forward
+
+
+def _rewrite(graph: GraphModule, choices: Options, report: GraphReport) -> None:
+    """Counts the sites of a captured graph and runs the passes on it."""
     report.nodes_before = len(graph.graph.nodes)
     guards = guard_count(graph)
     report.counted = {family: [site(n) for n in nodes] for family, nodes in census_sites(graph).items()}
@@ -181,15 +202,6 @@ def _optimize(
         raise RuntimeError(
             "the census or a pass added a shape guard; sizes are compared through `known` only"
         )
-    report.nodes_after = len(graph.graph.nodes)
-    if not any(map(_is_fused, graph.graph.nodes)):
-        report.fallback = "nothing to fuse"
-        return None
-    report.kernels = lower(graph, choices.prefer())
-    dump(graph, f"{report.name}.lowered")
-    report.ran = ran(graph)
-    spell(graph)
-    return graph.forward
 
 
 def _is_fused(node: Node) -> bool:

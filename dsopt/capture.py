@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ __all__ = [
     "WeakIdKeyDictionary",
     "capture",
     "eager",
+    "expression",
+    "fake_inputs",
     "fake_mode_of",
     "flat",
     "from_export",
@@ -36,6 +38,7 @@ __all__ = [
     "module_path",
     "over_recompile_limit",
     "raise_recompile_limit",
+    "shape_facts",
     "storage_key",
     "unflat",
     "unsupported",
@@ -48,6 +51,14 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
     Dynamo's fake mode and its symbols are kept, so what was dynamic stays dynamic. Each node keeps the stack
     of modules it came from.
     """
+    mode, fakes = fake_inputs(gm, example_inputs)
+    plain = _without_transforms(_without_idle_autocast(gm))
+    with mode, preserve_node_meta():
+        return _specialize_floats(_make_fx(plain, pre_dispatch=True)(*fakes))
+
+
+def fake_inputs(gm: GraphModule, example_inputs: Sequence[Any]) -> tuple[Any, list]:
+    """The fake mode that a graph is captured under, Dynamo's if it has one, and the inputs as it sees them."""
     context = torch._guards.TracingContext.try_get()
     mode = context.fake_mode if context is not None else None
     if mode is None:
@@ -68,10 +79,7 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any]) -> GraphModule:
         )
 
     placeholders = gm.graph.find_nodes(op="placeholder")
-    fakes = [fake(x, p) for x, p in zip(example_inputs, placeholders, strict=True)]
-    plain = _without_transforms(_without_idle_autocast(gm))
-    with mode, preserve_node_meta():
-        return _specialize_floats(_make_fx(plain, pre_dispatch=True)(*fakes))
+    return mode, [fake(x, p) for x, p in zip(example_inputs, placeholders, strict=True)]
 
 
 def _make_fx(gm: GraphModule, pre_dispatch: bool) -> Callable[..., GraphModule]:
@@ -217,6 +225,39 @@ def guard_count(gm: GraphModule) -> int:
     """How many shape guards the graph's sizes are under. Passes and kernel checks must not add any."""
     shape_env = getattr(fake_mode_of(gm), "shape_env", None)
     return len(shape_env.guards) if shape_env is not None else 0
+
+
+def expression(value: Any) -> str:
+    """A size as an expression of the shape environment's symbols, whose names a second process gives them, too."""
+    return (
+        str(value.node.expr)
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
+        else str(value)
+    )
+
+
+def shape_facts(mode: Any, values: Iterable[Any] | None = None) -> list[str]:
+    """What is known of symbolic sizes: guards, what they were replaced by, ranges, hints.
+
+    values: symbolic ones; given, only what bears on their symbols and on the guards' is told.
+    """
+    env = getattr(mode, "shape_env", None)
+    if env is None:
+        return []
+    guards = [guard.expr for guard in env.guards]
+    asserts = [a.expr for found in env.deferred_runtime_asserts.values() for a in found]
+    symbols = set(env.var_to_range)
+    if values is not None:
+        exprs = [*guards, *asserts, *(x.node.expr for x in values)]
+        symbols = set().union(*(expr.free_symbols for expr in exprs))
+        # a symbol that was replaced is not in an expression, but its source still may be asked for it
+        symbols |= {s for old, new in env.replacements.items() for s in (old, *new.free_symbols)}
+    facts = [f"guard {expr}" for expr in guards] + [f"assert {expr}" for expr in asserts]
+    facts += sorted(f"{old} is {new}" for old, new in env.replacements.items())
+    facts += sorted(f"{expr} is 0" for expr in env.divisible)
+    hints = env.backed_var_to_val
+    facts += sorted(f"{s} in {env.var_to_range.get(s)}, was {hints.get(s)}" for s in symbols)
+    return [*facts, repr(env.settings)]
 
 
 def known(condition: Any) -> bool:

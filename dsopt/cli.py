@@ -42,6 +42,8 @@ Kernels = Annotated[
 VARIABLES = {
     "DSOPT_DISABLE": "backends not to use, separated by commas",
     "DSOPT_ISA": "instruction set of the native CPU kernels, instead of the best one",
+    "DSOPT_CACHE": "0: do not keep what was made of graphs for other processes",
+    "DSOPT_CACHE_DIR": "folder where that is kept, instead of the user's cache",
     "DSOPT_DUMP": "folder for the graph after each pass",
     "DSOPT_FUEL": "stop after so many rewrites, to find a wrong one by bisection",
 }
@@ -99,10 +101,16 @@ def demo(
 @app.command()
 def env(json_file: Json = None) -> None:
     """This machine, the versions on it, and which kernel each op gets here."""
-    from dsopt import machine
+    from dsopt import graphcache, machine
 
     description = machine.describe()
     description["isa"] = _isa()
+    kept = graphcache.files()
+    description["graph_cache"] = {
+        "folder": None if (place := graphcache.folder()) is None else str(place),
+        "graphs": len(kept),
+        "bytes": sum(size for _, size, _ in kept),
+    }
     try:
         description["kernels"] = _kernels()
     except ValueError as error:  # a misspelt DSOPT_DISABLE, or two kernels of one name
@@ -123,6 +131,13 @@ def env(json_file: Json = None) -> None:
         facts.add_row(
             "memory", f"{memory['available'] / 2**30:.1f} of {memory['total'] / 2**30:.1f} GiB free"
         )
+    cache = description["graph_cache"]
+    facts.add_row(
+        "graph cache",
+        f"{cache['folder']}: {cache['graphs']} graphs, {cache['bytes'] / 2**20:.1f} MiB"
+        if cache["folder"]
+        else "off",
+    )
     gpus = [f"{g['name']}, {g['memory'] / 2**30:.0f} GiB, {g['arch']}" for g in description["gpus"]]
     facts.add_row("GPUs", "\n".join(gpus) or "none that PyTorch can use")
     facts.add_row("versions", "\n".join(f"{k} {v or '-'}" for k, v in description["versions"].items()))

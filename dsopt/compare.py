@@ -245,6 +245,9 @@ def cold_worker(way: str, preset: str, layers: int, cached: int, tiny: bool, thr
     print(json.dumps({"first_s": first, "compile_s": first - second, "peak_growth": peak - before}))
 
 
+_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME", "DSOPT_CACHE_DIR")
+
+
 def starts(
     way: str, preset: str, layers: int, cached: int, tiny: bool = False, count: int = 2
 ) -> list[dict[str, float]]:
@@ -257,7 +260,7 @@ def starts(
     args = way, preset, layers, cached, tiny, torch.get_num_threads()
     found = []
     with tempfile.TemporaryDirectory() as folder:
-        caches = dict.fromkeys(("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME"), folder)
+        caches = dict.fromkeys(_CACHES, folder) | {"DSOPT_CACHE": "1"}
         for _ in range(count):
             # the empty folder is also the working directory: -c puts it first on the module path
             done = subprocess.run(

@@ -9,17 +9,19 @@ import torch
 from torch.fx import GraphModule
 
 from dsopt.capture import guard_count
-from dsopt.op import disabled_backends, select
+from dsopt.op import Choice, disabled_backends, recall, select
 from dsopt.ops import OPS
 from dsopt.report import KernelUse, Runs
 
 
-def lower(gm: GraphModule, prefer: Mapping[str, str]) -> list[KernelUse]:
+def lower(
+    gm: GraphModule, prefer: Mapping[str, str], chosen: Mapping[str, Choice] | None = None
+) -> list[KernelUse]:
     """Chooses a kernel for every op of the graph, once, and puts its planned callable in the op's place.
 
-    prefer: op name -> backend to try first. Returns one record per op and kernel, which share a count of the graph's
-    runs. Each node keeps its op and its kernel's label in `meta`. Raises RuntimeError if a check or plan looked at a
-    size that is not static.
+    prefer: op name -> backend to try first. chosen: name of a node -> what was chosen for it in another process.
+    Returns one record per op and kernel, which share a count of the graph's runs. Each node keeps its op, its kernel's
+    label and its `Choice` in `meta`. Raises RuntimeError if a check or plan looked at a size that is not static.
     """
     guards = guard_count(gm)
     by_overload = {op.overload: op for op in OPS.values()}
@@ -32,7 +34,9 @@ def lower(gm: GraphModule, prefer: Mapping[str, str]) -> list[KernelUse]:
             continue
         args = op.bind(node.args, node.kwargs)
         fakes = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
-        choice = select(op, fakes, prefer.get(op.name), disabled)
+        earlier = (chosen or {}).get(node.name)
+        choice = earlier and recall(op, fakes, *earlier)
+        choice = choice or select(op, fakes, prefer.get(op.name), disabled)
         key = (op.name, choice.kernel.label, choice.refused)
         use = uses.setdefault(
             key, KernelUse(op.name, choice.kernel.backend, choice.kernel.label, choice.refused, runs=runs)
@@ -41,6 +45,7 @@ def lower(gm: GraphModule, prefer: Mapping[str, str]) -> list[KernelUse]:
         if hasattr(choice.fn, "refresh"):
             use.refreshers.append(choice.fn.refresh)
         node.target, node.meta["op"], node.meta["kernel"] = _named(choice.fn, use.kernel), op, use.kernel
+        node.meta["choice"] = choice.kernel.label, choice.refused
         node.args, node.kwargs = args, {}
     if guard_count(gm) != guards:
         raise RuntimeError("a kernel's check or plan added a shape guard; it may look at static sizes only")

@@ -144,6 +144,9 @@ class Refusal:
     reason: str
 
 
+Choice = tuple[str, tuple[Refusal, ...]]  # a kernel's label, and those refused before it
+
+
 @dataclass(frozen=True)
 class Selection:
     """The kernel taken for a set of arguments, its planned callable, and every kernel refused before it."""
@@ -236,8 +239,42 @@ def select(
             refused.append(Refusal(kernel.label, reason))
     elif candidates:
         refused += [Refusal(k.label, f"passed over: options ask for {prefer}") for k in candidates]
-    reference = Kernel(op.name, REFERENCE, plan=lambda *_: op.reference)
-    return Selection(reference, op.reference, tuple(refused))
+    return Selection(_reference(op), op.reference, tuple(refused))
+
+
+def recall(op: Op, args: tuple, label: str, refused: tuple[Refusal, ...]) -> Selection | None:
+    """The selection that `select` made of such arguments in another process, without loading other kernels' modules.
+
+    None where that kernel is not there, or refuses the arguments: then `select` has to choose anew.
+    """
+    kernel = _reference(op) if label.startswith(f"{REFERENCE}.") else _kernel(op.name, label)
+    if kernel is None or kernel.refuses(args) is not None:
+        return None
+    return Selection(kernel, kernel.plan(*args), refused)
+
+
+@functools.cache
+def _kernel(op_name: str, label: str) -> Kernel | None:
+    """One of `kernels` by its label, without loading the others' modules; None if it is not there."""
+    backend, _, _ = label.partition(".")
+    for load in _places(backend, op_name):
+        try:
+            found = [k for k in load().KERNELS if k.op == op_name and k.label == label]
+        except Exception:  # `select` tells why
+            continue
+        if found:
+            return found[0]
+    return None
+
+
+def _places(backend: str, op_name: str) -> Iterator[Callable[[], ModuleType]]:
+    """How to import the modules that a backend's kernels of an op may be in."""
+    yield functools.partial(importlib.import_module, f"dsopt.kernels.{backend}.{op_name}")
+    yield from (e.load for e in entry_points(group=ENTRY_POINT_GROUP) if e.name == backend)
+
+
+def _reference(op: Op) -> Kernel:
+    return Kernel(op.name, REFERENCE, plan=lambda *_: op.reference)
 
 
 def _once_each(refused: list[Refusal]) -> tuple[Refusal, ...]:

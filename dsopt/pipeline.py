@@ -30,6 +30,7 @@ PIPELINE = (
     "canonicalize",
     "share_repeats",
 )
+LEFT_OUT = "left out, it failed"
 
 
 def run_pipeline(
@@ -56,7 +57,7 @@ def run_pipeline(
         except PassError as error:
             if strict:
                 raise error.__cause__ from None
-            failed[error.step] = f"left out, it failed: {type(error.__cause__).__name__}: {error.__cause__}"
+            failed[error.step] = f"{LEFT_OUT}: {type(error.__cause__).__name__}: {error.__cause__}"
             gm.graph = copy.deepcopy(captured)
 
 

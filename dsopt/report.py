@@ -64,6 +64,7 @@ class GraphReport:
     """One compiled graph.
 
     counted: places of the sites by family, counted independently of the passes; ran: what runs where instead.
+    cached: whether it came from the cache of an earlier process; uncached: why it could not be kept there.
     """
 
     name: str
@@ -74,6 +75,8 @@ class GraphReport:
     counted: dict[str, list[str]] = field(default_factory=dict)
     ran: list[Ran] = field(default_factory=list)
     compile_s: float = 0.0
+    cached: bool = False
+    uncached: str | None = None
     fallback: str | None = None
 
     def matched(self) -> dict[str, tuple[int, int]]:
@@ -99,6 +102,8 @@ class GraphReport:
                 for k in self.kernels
             ],
             "compile_s": round(self.compile_s, 3),
+            "cached": self.cached,
+            "uncached": self.uncached,
         }
 
 
@@ -123,6 +128,11 @@ class Report:
             for family, counts in graph.matched().items():
                 sums[family] = [a + b for a, b in zip(sums[family], counts, strict=True)]
         return sums
+
+    @property
+    def cached(self) -> int:
+        """How many graphs came from the cache of an earlier process."""
+        return sum(graph.cached for graph in self.graphs)
 
     @property
     def fallbacks(self) -> list[str]:
@@ -166,7 +176,8 @@ class Report:
             sites.add_column(column)
         for g in self.graphs:
             counts = (f"{a}/{b}" if b else "-" for a, b in g.matched().values())
-            sites.add_row(g.name, f"{g.nodes_before} → {g.nodes_after}", f"{g.compile_s:.2f} s", *counts)
+            seconds = f"{g.compile_s:.2f} s" + ", cached" * g.cached
+            sites.add_row(g.name, f"{g.nodes_before} → {g.nodes_after}", seconds, *counts)
         kernels = Table(title="Kernels", title_justify="left")
         for column in ("graph", "op", "kernel", "sites", "calls", "refused before it"):
             kernels.add_column(column, overflow="fold")

@@ -69,11 +69,12 @@ class Log:
     """What one pass did: `hit` before each rewrite, `miss` for each near miss and why it stayed.
 
     hits: {"family", "site"} of each rewrite of a site family (`mla`, `norm`, ...); misses: {"site", "reason"}.
-    family: what the pass's misses are about, its module's `FAMILY`. order knows the graph's writes.
+    family: what the pass's misses are about, its module's `FAMILY`. order knows the graph's writes; a log that was
+        read from the cache has none, for its pass is done.
     """
 
     name: str
-    order: Order
+    order: Order | None
     fuel: list[int] | None = None
     family: str | None = None
     rewrites: int = 0

@@ -21,6 +21,14 @@ def seed(request):
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_graph_cache():
+    """What a test sees was made in it; those of the cache itself give it a folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DSOPT_CACHE", "0")
+        yield
+
+
 @pytest.fixture
 def fresh_dynamo():
     """Compiled code of one test does not count against another's recompile limit."""

@@ -145,7 +145,8 @@ def test_the_dict_has_the_documented_keys():
     result = dsopt.report(model).to_dict()
     assert list(result) == ["graphs", "prepared", "matched", "fallbacks"]
     (graph,) = result["graphs"]
-    assert list(graph) == ["name", "nodes_before", "nodes_after", "passes", "kernels", "compile_s"]
+    keys = ["name", "nodes_before", "nodes_after", "passes", "kernels", "compile_s", "cached", "uncached"]
+    assert list(graph) == keys
     assert graph["nodes_before"] >= graph["nodes_after"] > 0 and graph["compile_s"] > 0
     for one in graph["passes"]:
         assert list(one) == ["name", "rewrites", "misses"]
