@@ -12,16 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from dsopt.capture import capture, eager, guard_count, inductor, unsupported
 from dsopt.census import census_sites
 from dsopt.explain import ran
 from dsopt.graphcache import Entry
-from dsopt.lower import lower
+from dsopt.lower import fuses, lower
 from dsopt.op import backends, disabled_backends
 from dsopt.ops import OPS
-from dsopt.ops.linear import multi_linear
 from dsopt.pipeline import available_passes, dump, fuel, run_pipeline
 from dsopt.report import GRAPHS, GraphReport
 from dsopt.rewrite import site
@@ -180,7 +179,7 @@ def _optimize(
         _rewrite(graph, choices, report)
         entry.keep(graph)
     report.nodes_after = len(graph.graph.nodes)
-    if not any(map(_is_fused, graph.graph.nodes)):
+    if not fuses(graph):
         entry.save(graph)
         report.fallback = "nothing to fuse"
         return None
@@ -202,13 +201,6 @@ def _rewrite(graph: GraphModule, choices: Options, report: GraphReport) -> None:
         raise RuntimeError(
             "the census or a pass added a shape guard; sizes are compared through `known` only"
         )
-
-
-def _is_fused(node: Node) -> bool:
-    """Whether a call is an op of ours that stands for more than one of ATen's."""
-    if node.target is multi_linear.overload:
-        return len(node.args[1]) > 1
-    return any(node.target is op.overload for op in OPS.values())
 
 
 def _not_ours(gm: GraphModule, example_inputs: Sequence[Any]) -> str | None:

@@ -11,7 +11,18 @@ from torch.fx import GraphModule
 from dsopt.capture import guard_count
 from dsopt.op import Choice, disabled_backends, recall, select
 from dsopt.ops import OPS
+from dsopt.ops.linear import multi_linear
 from dsopt.report import KernelUse, Runs
+
+
+def fuses(gm: GraphModule) -> bool:
+    """Whether a graph has an op of ours that stands for more than one of ATen's: a lone linear layer does not."""
+    ops = {op.overload for op in OPS.values()}
+    return any(
+        node.target in ops and not (node.target is multi_linear.overload and len(node.args[1]) == 1)
+        for node in gm.graph.nodes
+        if node.op == "call_function"
+    )
 
 
 def lower(

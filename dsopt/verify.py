@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from dsopt.backend import Options, _not_ours
 from dsopt.capture import capture, flat, module_path
 from dsopt.effects import bases, written
-from dsopt.lower import lower
+from dsopt.lower import fuses, lower
 from dsopt.numerics import relative_l2
 from dsopt.op import Op, largest_error
 from dsopt.pipeline import run_pipeline
@@ -231,7 +231,8 @@ class _Comparing:
         eager = GraphModule(fused, copy.deepcopy(fused.graph))
         mutated = _mutated(eager)
         run_pipeline(fused, self.choices.passes, "verify", self.choices.strict)
-        is_rewritten = bool(lower(fused, self.choices.prefer()))
+        is_rewritten = fuses(fused)
+        lower(fused, self.choices.prefer())
         wanted = {n.meta["origin"] for n in fused.graph.nodes if "origin" in n.meta and _kernel_of(n)}
 
         def copies(args):
@@ -286,7 +287,12 @@ def _kernel_of(node: Node) -> str | None:
         if not node.args or not isinstance(node.args[0], Node) or len(node.all_input_nodes) != 1:
             return None
         node = node.args[0]
-    return node.target.__name__ if node.op == "call_function" else None
+    return _label(node) if node.op == "call_function" else None
+
+
+def _label(node: Node) -> str:
+    """The kernel's name in the table."""
+    return node.meta["kernel"].replace(".", "_")
 
 
 def _results(node: Node) -> list[list[Node]]:
@@ -361,7 +367,7 @@ class _Compare(Interpreter):
         ends = _results(n)
         self.settled |= {end: self._eager(end) for nodes in ends for end in nodes}
         want = [self._eager(nodes[0]) if nodes else None for nodes in ends]
-        site, kernel = module_path(n) or n.name, n.target.__name__
+        site, kernel = module_path(n) or n.name, _label(n)
         if all(x is not None for x in want):
             rounded = [x.to(nodes[0].meta["val"].dtype) for x, nodes in zip(got, ends, strict=True)]
             alike = all((a.shape, a.dtype) == (b.shape, b.dtype) for a, b in zip(rounded, want, strict=True))
