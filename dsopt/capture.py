@@ -22,6 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = [
     "WeakIdKeyDictionary",
+    "add_guard",
     "capture",
     "eager",
     "expression",
@@ -39,6 +40,7 @@ __all__ = [
     "over_recompile_limit",
     "raise_recompile_limit",
     "shape_facts",
+    "shape_guards",
     "storage_key",
     "unflat",
     "unsupported",
@@ -236,28 +238,37 @@ def expression(value: Any) -> str:
     )
 
 
-def shape_facts(mode: Any, values: Iterable[Any] | None = None) -> list[str]:
-    """What is known of symbolic sizes: guards, what they were replaced by, ranges, hints.
-
-    values: symbolic ones; given, only what bears on their symbols and on the guards' is told.
-    """
+def shape_facts(mode: Any, values: Iterable[Any]) -> list[str]:
+    """What is known of some symbolic values: guards, what symbols were replaced by, their ranges and hints."""
     env = getattr(mode, "shape_env", None)
     if env is None:
         return []
     guards = [guard.expr for guard in env.guards]
     asserts = [a.expr for found in env.deferred_runtime_asserts.values() for a in found]
-    symbols = set(env.var_to_range)
-    if values is not None:
-        exprs = [*guards, *asserts, *(x.node.expr for x in values)]
-        symbols = set().union(*(expr.free_symbols for expr in exprs))
-        # a symbol that was replaced is not in an expression, but its source still may be asked for it
-        symbols |= {s for old, new in env.replacements.items() for s in (old, *new.free_symbols)}
+    exprs = [*guards, *asserts, *(x.node.expr for x in values)]
+    symbols = set().union(*(expr.free_symbols for expr in exprs))
+    # a symbol that was replaced is in no expression any more, but its source may still be asked for it
+    symbols |= {s for old, new in env.replacements.items() for s in (old, *new.free_symbols)}
     facts = [f"guard {expr}" for expr in guards] + [f"assert {expr}" for expr in asserts]
     facts += sorted(f"{old} is {new}" for old, new in env.replacements.items())
     facts += sorted(f"{expr} is 0" for expr in env.divisible)
     hints = env.backed_var_to_val
     facts += sorted(f"{s} in {env.var_to_range.get(s)}, was {hints.get(s)}" for s in symbols)
     return [*facts, repr(env.settings)]
+
+
+def shape_guards(mode: Any) -> list[Any]:
+    """The conditions on symbolic sizes that the graph is under so far, in the order they were added."""
+    env = getattr(mode, "shape_env", None)
+    return [] if env is None else [guard.expr for guard in env.guards]
+
+
+def add_guard(mode: Any, condition: Callable[[dict[str, Any]], Any]) -> None:
+    """Puts the graph under one more condition, made of the symbols by name. ValueError if it does not hold."""
+    env = mode.shape_env
+    made = condition({symbol.name: symbol for symbol in env.var_to_range})
+    if not env.evaluate_expr(made):
+        raise ValueError(f"{made} does not hold")
 
 
 def known(condition: Any) -> bool:

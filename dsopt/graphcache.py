@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from dsopt.capture import fake_inputs, shape_facts
+from dsopt.capture import add_guard, fake_inputs, shape_facts, shape_guards
 from dsopt.files import write_text
-from dsopt.graphcodec import Refused, dumped, loaded
+from dsopt.graphcodec import Refused, decode_condition, dumped, encode_condition, loaded
 from dsopt.graphkey import key_of
 from dsopt.op import Choice, Refusal
 from dsopt.pipeline import LEFT_OUT
@@ -80,9 +80,8 @@ class Entry:
             if place is None:
                 raise Refused("DSOPT_CACHE=0")
             self._mode, self._inputs = fake_inputs(gm, example_inputs)
-            self._facts = shape_facts(self._mode)
-            self._symbols = shape_facts(self._mode, _symbolic(self._inputs))
-            key = key_of(gm, example_inputs, self._inputs, self._symbols, passes, prefer)
+            self._guards = len(shape_guards(self._mode))
+            key = key_of(gm, example_inputs, self._inputs, self._sizes(), passes, prefer)
             self._path = place / f"{key}.graph"
 
     def load(self) -> GraphModule | None:
@@ -94,10 +93,11 @@ class Entry:
             return None
         try:
             content = _read(self._path)
-            with self._mode:
-                graph = loaded(content, self._inputs)
-            if shape_facts(self._mode) != self._facts:
-                raise ValueError("it added a shape guard")
+            for guard in content["guards"]:
+                add_guard(self._mode, lambda symbols, guard=guard: decode_condition(guard, symbols))
+            graph = loaded(content, self._inputs, self._mode)
+            if self._sizes() != content["sizes"]:
+                raise ValueError("its shape guards are not those of its capture")
             kernels = _choices(content)
             passes = [Log(order=None, **log) for log in content["passes"]]
             self.report.counted = {f: list(sites) for f, sites in content["counted"].items()}
@@ -118,16 +118,16 @@ class Entry:
         if self._path is None:
             return
         with self._or_reason():
-            if shape_facts(self._mode) != self._facts:
-                # a second process would not come to know them, so its graph would lack these guards
-                raise Refused("capture added shape guards")
             values = [node.meta.get("val") for node in graph.graph.nodes]
-            if shape_facts(self._mode, _symbolic([*self._inputs, *values])) != self._symbols:
+            if self._sizes(values) != self._sizes():
                 raise Refused("the graph has symbolic sizes that its inputs do not have")
             if failed := [log.name for log in self.report.passes if _failed(log)]:
                 raise Refused(f"a pass failed: {', '.join(failed)}")
             self._content = {
                 **dumped(graph),
+                # what capture found to depend on sizes, which Dynamo has to check in every process
+                "guards": [encode_condition(g) for g in shape_guards(self._mode)[self._guards :]],
+                "sizes": self._sizes(),
                 "nodes_before": self.report.nodes_before,
                 "counted": self.report.counted,
                 "passes": [
@@ -160,6 +160,10 @@ class Entry:
                 _drop_oldest(LIMIT)
             except OSError as error:
                 raise Refused(f"its file cannot be written: {error}") from error
+
+    def _sizes(self, values: Sequence[Any] = ()) -> list[str]:
+        """What is known of the symbolic sizes of the inputs, and of some more values."""
+        return shape_facts(self._mode, _symbolic([*self._inputs, *values]))
 
     @contextlib.contextmanager
     def _or_reason(self) -> Iterator[None]:

@@ -13,9 +13,11 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import _get_qualified_name
+from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
 from dsopt.capture import expression, module_path
 
@@ -26,6 +28,13 @@ _TORCH_TYPES = {
     "dtype": torch.dtype,
     "layout": torch.layout,
     "memory_format": torch.memory_format,
+}
+
+
+MAX_CONSTANT = 1024
+_RELATIONS = (sympy.Eq, sympy.Ne, sympy.Lt, sympy.Le, sympy.Gt, sympy.Ge)
+_TERMS = {
+    term.__name__: term for term in (*_RELATIONS, sympy.Add, sympy.Mul, sympy.Pow, FloorDiv, Mod, PythonMod)
 }
 
 
@@ -173,45 +182,92 @@ def dumped(gm: GraphModule) -> dict[str, list]:
     index = {node: i for i, node in enumerate(gm.graph.nodes)}
     nodes, values = [], []
     for node in gm.graph.nodes:
-        if node.op not in ("placeholder", "call_function", "output"):
-            raise Refused(f"the rewritten graph holds {node.target}")
-        target = _spelling(node.target) if node.op == "call_function" else str(node.target)
+        is_view = torch.Tag.inplace_view in getattr(node.target, "tags", ())
+        if is_view and node.target is not torch.ops.aten.detach_.default:
+            raise Refused(f"{node.name} changes a tensor's sizes in place")
+        if node.op == "call_function":
+            target = _spelling(node.target)
+        elif node.op == "get_attr":
+            target = _constant(getattr(gm, node.target, None), node.target)
+        else:
+            target = str(node.target)
         arguments = encode(node.args, index), encode(node.kwargs, index)
         nodes.append([node.op, node.name, target, *arguments, module_path(node)])
-        values.append(_kind(node.meta.get("val")))
+        values.append(None if node.op == "get_attr" else _kind(node.meta.get("val")))
     return {"nodes": nodes, "values": values}
 
 
-def loaded(stored: Mapping[str, list], inputs: list[Any]) -> GraphModule:
+def _constant(value: Any, name: str) -> list:
+    """A small tensor that the traced code itself made, as JSON: name, dtype, sizes, numbers."""
+    if type(value) is not torch.Tensor or value.device.type != "cpu" or value.numel() > MAX_CONSTANT:
+        raise Refused(f"the rewritten graph holds {name}, which is no small tensor on the CPU")
+    if value.layout is not torch.strided or value.is_complex() or value.is_quantized:
+        raise Refused(f"the rewritten graph holds {name} of {value.dtype}")
+    numbers = value.flatten().tolist()
+    return [name, encode(value.dtype, {}), list(value.shape), numbers]
+
+
+def loaded(stored: Mapping[str, list], inputs: list[Any], mode: Any) -> GraphModule:
     """The graph of `dumped`, each node's value made anew by running it on the inputs' values.
 
-    Call it under the fake mode that the inputs are of. Equal calls share one value, so values do not tell which tensors
-    share memory. Raises ValueError where the values are of another kind than they were.
+    mode: the fake mode that the inputs are of. Equal calls share one value, so values do not tell which tensors share
+    memory. Raises ValueError where the values are of another kind than they were.
     """
-    graph, nodes = Graph(), []
+    graph, nodes, root = Graph(), [], torch.nn.Module()
     for op, name, target, args, kwargs, path in stored["nodes"]:
+        if op == "get_attr":
+            target, dtype, sizes, numbers = target
+            constant = torch.tensor(numbers, dtype=decode(dtype, [])).reshape(sizes)
+            setattr(root, target, constant)
         called = _target(target) if op == "call_function" else target
         node = graph.create_node(op, called, decode(args, nodes), decode(kwargs, nodes), name)
         if node.name != name:
             raise ValueError(f"two nodes are called {name}")
+        if op == "get_attr":
+            node.meta["val"] = mode.from_tensor(constant, static_shapes=True)
         if path:
             node.meta["nn_module_stack"] = {"": (path, None)}
         nodes.append(node)
     places = graph.find_nodes(op="placeholder")
     for node, value in zip(places, inputs, strict=True):
         node.meta["val"] = value
-    made: dict[tuple, Any] = {}  # most layers are alike
+    with mode:
+        _run(nodes)
     for node, kind in zip(nodes, stored["values"], strict=True):
+        if kind is not None and _kind(node.meta.get("val")) != kind:
+            raise ValueError(f"{node.name} has another value than it had: {_kind(node.meta.get('val'))}")
+    graph.lint()
+    return GraphModule(root, graph)
+
+
+def _run(nodes: list[Node]) -> None:
+    """Gives each call its value from the values of its arguments."""
+    made: dict[tuple, Any] = {}  # most layers are alike
+    for node in nodes:
         if node.op == "call_function":
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
             call = node.target, _facts(args), _facts(kwargs)
             if call not in made:
                 made[call] = node.target(*args, **kwargs)
             node.meta["val"] = made[call]
-        if _kind(node.meta.get("val")) != kind:
-            raise ValueError(f"{node.name} has another value than it had: {_kind(node.meta.get('val'))}")
-    graph.lint()
-    return GraphModule(torch.nn.Module(), graph)
+
+
+def encode_condition(condition: Any) -> Any:
+    """A condition on symbolic sizes as JSON: symbols by name, terms as lists. Raises Refused for other terms."""
+    if condition.is_Symbol:
+        return condition.name
+    if condition.is_Integer:
+        return int(condition)
+    if (name := type(condition).__name__) not in _TERMS:
+        raise Refused(f"a shape guard holds {name}")
+    return [name, *map(encode_condition, condition.args)]
+
+
+def decode_condition(given: Any, symbols: Mapping[str, Any]) -> Any:
+    """The condition that `encode_condition` was given, in these symbols."""
+    if isinstance(given, list):
+        return _TERMS[given[0]](*(decode_condition(term, symbols) for term in given[1:]))
+    return symbols[given] if isinstance(given, str) else sympy.Integer(given)
 
 
 def _kind(value: Any) -> Any:

@@ -44,6 +44,17 @@ def test_env_says_which_kernels_there_are(call, tmp_path):
     assert all(name in result.output for name in (*VARIABLES, "mla_attention", found["versions"]["torch"]))
 
 
+def test_env_shows_the_graphs_that_are_kept(call, monkeypatch, tmp_path):
+    monkeypatch.setenv("DSOPT_CACHE", "1")
+    monkeypatch.setenv("DSOPT_CACHE_DIR", str(tmp_path))
+    (tmp_path / "a.graph").write_text("x" * 10)
+    found = json.loads(call("env", "--json", "-").stdout)["graph_cache"]
+    assert found == {"folder": str(tmp_path), "graphs": 1, "bytes": 10}
+    monkeypatch.setenv("DSOPT_CACHE", "0")
+    found = json.loads(call("env", "--json", "-").stdout)["graph_cache"]
+    assert found == {"folder": None, "graphs": 0, "bytes": 0}
+
+
 def test_env_shows_a_disabled_backend(call, monkeypatch):
     monkeypatch.setenv("DSOPT_DISABLE", "torch")
     rows = json.loads(call("env", "--json", "-").stdout)["kernels"]

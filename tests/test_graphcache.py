@@ -15,7 +15,8 @@ from torch.nn import functional as F
 import dsopt
 from dsopt import graphcache, graphkey
 from dsopt.backend import dsopt_backend
-from dsopt.graphcodec import Refused, decode, encode, target_name
+from dsopt.capture import add_guard, capture, fake_mode_of
+from dsopt.graphcodec import Refused, decode, decode_condition, encode, target_name
 from dsopt.op import Kernel, kernels
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -239,7 +240,7 @@ def test_a_graph_with_a_failed_pass_is_not_kept(folder, monkeypatch):
     assert graph.uncached == "a pass failed: fuse_rope" and not graphcache.files()
 
 
-def test_a_graph_whose_capture_adds_guards_is_not_kept(folder):
+def test_a_graph_with_guards_on_floats_is_not_kept(folder):
     class Scaled(Block):
         scale = 0.75
 
@@ -252,8 +253,51 @@ def test_a_graph_whose_capture_adds_guards_is_not_kept(folder):
         args = inputs()
         want = model(*(a.clone() for a in args))
         y, _, report = run(model, *args, dynamic=True)
-        assert not only(report).cached and only(report).uncached == "capture added shape guards"
+        assert not only(report).cached and only(report).uncached.startswith("a shape guard holds ")
         torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
+
+
+class Shifted(Block):
+    """The offsets are a constant of the code's."""
+
+    def forward(self, x, cache, at):
+        return super().forward(x, cache, at) + torch.tensor([0.1, -2.0, 3e-9, float("inf")]).repeat(4)
+
+
+def test_guards_and_constants_of_capture_come_back(folder, monkeypatch):
+    def divides(symbols):
+        return decode_condition(["Equality", ["Mod", ["Mul", 6, name], ["Add", name, 10]], 0], symbols)
+
+    def asking(gm, example_inputs):
+        graph = capture(gm, example_inputs)
+        add_guard(fake_mode_of(graph), divides)
+        return graph
+
+    def call():
+        x, cache, at = inputs(5)
+        torch._dynamo.mark_dynamic(x, 1)
+        torch._dynamo.mark_dynamic(at, 0)
+        torch.manual_seed(0)
+        return run(Shifted(), x, cache, at)
+
+    want, _, _ = call()
+    ((_, _, path),) = graphcache.files()
+    content = json.loads(path.read_text().partition("\n")[2])
+    assert any(node[0] == "get_attr" for node in content["nodes"]) and not content["guards"]
+    replaced = {fact.split()[0] for fact in content["sizes"] if " is s" in fact}
+    (name,) = {fact.split()[0] for fact in content["sizes"] if ", was 5" in fact} - replaced
+    path.unlink()
+    monkeypatch.setattr("dsopt.backend.capture", asking)
+    for cached in (False, True):
+        got, _, report = call()
+        assert only(report).cached is cached and torch.equal(got, want)
+    (guard,) = json.loads(path.read_text().partition("\n")[2])["guards"]
+    assert guard[0] == "Equality"
+    # one that does not hold for these sizes, or that capture did not come to, is no hit
+    for other in (["Equality", 1, 2], ["Unequality", name, 77]):
+        rewrite(path, lambda c, other=other: c["guards"].append(other))
+        got, _, report = call()
+        assert not only(report).cached and torch.equal(got, want)
 
 
 def test_a_kernel_that_refuses_by_now_is_chosen_anew(folder, monkeypatch):
