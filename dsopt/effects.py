@@ -99,6 +99,8 @@ def _aliased(node: Node) -> Iterator[Node]:
     if schema is None:
         yield from _picked_from(node)
         return
+    if node.target in MAYBE_VIEWS and _dtype(node) != _dtype(node.args[0]):
+        return  # another dtype takes memory of its own
     for i, arg in enumerate(schema.arguments):
         if arg.alias_info is None:
             continue

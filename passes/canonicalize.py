@@ -40,7 +40,10 @@ def run(gm: GraphModule, log: Log) -> None:
     order = Order(gm)
     (output,) = gm.graph.find_nodes(op="output")
     # what the caller gets to write to: the inputs, and all that is returned
-    theirs = set().union(*map(order.base, (*output.all_input_nodes, *gm.graph.find_nodes(op="placeholder"))))
+    inputs, results = gm.graph.find_nodes(op="placeholder"), set(output.all_input_nodes)
+    theirs = set().union(*map(order.base, (*results, *inputs)))
+    # a result that shares memory with one of these is still a tensor of its own to the caller
+    apart = {*inputs, *results}
     for node in list(gm.graph.nodes):
         if is_op(node, aten.view.default, aten._unsafe_view.default) and not order.is_written(node):
             # what a fused op puts in the place of its input may be laid out otherwise
@@ -48,7 +51,9 @@ def run(gm: GraphModule, log: Log) -> None:
         for rule in RULES.get(node.target, ()) if node.op == "call_function" else ():
             before = node.prev
             new = rule(gm, node)
-            if new is not None and new is not node and _serves(node, new, before, order, theirs):
+            if new is None or new is node or (node in results and new in apart):
+                continue
+            if _serves(node, new, before, order, theirs):
                 log.hit()
                 replace(node, new)
                 if not node.users:

@@ -8,16 +8,17 @@ import torch
 from torch.fx import GraphModule, Node
 
 from dsopt.effects import MAYBE_VIEWS, is_impure
-from dsopt.rewrite import Log, replace
+from dsopt.rewrite import Log, replace, val
 
 
 def run(gm: GraphModule, log: Log) -> None:
     order, first = log.order, {}
     (output,) = gm.graph.find_nodes(op="output")
-    # two results of the caller's may not become one
-    theirs = frozenset().union(*map(order.base, output.all_input_nodes))
+    # two results of the caller's may not become one, not even two views of one memory
+    results = set(output.all_input_nodes)
+    theirs = frozenset().union(*map(order.base, results))
     for node in list(gm.graph.nodes):
-        if not isinstance(node.target, torch._ops.OpOverload) or is_impure(node):
+        if not _is_known(node) or is_impure(node) or node in results or isinstance(val(node), (tuple, list)):
             continue
         key = _key(node)
         earlier = first.get(key)
@@ -27,6 +28,11 @@ def run(gm: GraphModule, log: Log) -> None:
         log.hit()
         replace(node, earlier)
         gm.graph.erase_node(node)
+
+
+def _is_known(node: Node) -> bool:
+    """Whether the call is of PyTorch or dsopt: what others' operators do besides computing nobody knows."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace in ("aten", "dsopt")
 
 
 def _is_same(earlier: Node, node: Node, log: Log, theirs: frozenset[Node]) -> bool:
@@ -50,7 +56,9 @@ def _key(node: Node) -> tuple:
 
 
 def _frozen(value: Any) -> Any:
-    """A hashable stand-in for an argument; numbers of different types stay apart, for 1 == 1.0 == True."""
+    """A hashable stand-in for an argument, which tells 1 from 1.0 and True, and 0.0 from -0.0."""
+    if isinstance(value, float):
+        return float, value.hex()
     if isinstance(value, (list, tuple)):
         return tuple(map(_frozen, value))
     if isinstance(value, dict):

@@ -78,12 +78,19 @@ std::string isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 
 void set_isa(const std::string& name) {
   const char* wanted = name.empty() ? std::getenv("DSOPT_ISA") : name.c_str();
-  active = kUnset;
-  active = static_cast<int>(choose(wanted ? wanted : ""));
+  try {
+    // stored once: kernels may be running
+    active = static_cast<int>(choose(wanted ? wanted : ""));
+  } catch (...) {
+    active = kUnset;
+    throw;
+  }
 }
 
 Isa active_isa() {
-  if (active == kUnset) set_isa("");
+  const int isa = active;
+  if (isa != kUnset) return static_cast<Isa>(isa);
+  set_isa("");
   return static_cast<Isa>(active.load());
 }
 

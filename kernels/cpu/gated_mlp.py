@@ -13,9 +13,10 @@ from dsopt.kernels.cpu.moe_experts import (
     matrix,
 )
 from dsopt.kernels.cpu.multi_linear import many_tokens
-from dsopt.kernels.cpu.native import DTYPES, _cpu, dense_rows
+from dsopt.kernels.cpu.native import CPU, DTYPES, _cpu, dense_rows
 from dsopt.kernels.torch.gated_mlp import gated_mlp as aten_gated_mlp
 from dsopt.op import Kernel
+from dsopt.ops.linear import ACTIVATIONS as MLP_ACTIVATIONS
 
 
 def gated_mlp(
@@ -33,7 +34,7 @@ def gated_mlp(
         return aten_gated_mlp(x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation, limit)
     *tokens, hidden = x.shape
     out_hidden, intermediate = w_down.shape
-    out = torch.empty(*tokens, out_hidden, dtype=x.dtype)
+    out = torch.empty(*tokens, out_hidden, dtype=x.dtype, device=CPU)
     if not out.numel():
         return out
     x = x.reshape(-1, hidden)
@@ -66,8 +67,10 @@ def _plan(*args):
 
 
 def _check(x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation, limit) -> str | None:
-    if activation not in ACTIVATIONS:
-        return f"computes {', '.join(ACTIVATIONS)}, got activation {activation}"
+    if activation not in MLP_ACTIVATIONS:
+        return f"computes {', '.join(MLP_ACTIVATIONS)}, got activation {activation}"
+    if limit is not None and limit < 0:
+        return f"needs a limit of 0 or more, got {limit}"
     hidden, (out_hidden, intermediate) = x.shape[-1], w_down.shape
     if 0 in (hidden, intermediate):
         return f"needs a hidden and an intermediate width, got {hidden} and {intermediate}"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from dsopt.capture import known
-from dsopt.kernels.cpu.native import DTYPES, _cpu, dense_rows, require, spread
+from dsopt.kernels.cpu.native import CPU, DTYPES, _cpu, dense_rows, require, spread
 from dsopt.op import Kernel
 
 # The rate of ATen's expanded form beside this kernel's own, where the two were measured to take the same time
@@ -115,7 +115,7 @@ def absorbed(
     batch, heads, tokens, nope = q_nope.shape
     _, cached, rank = latent.shape
     rope, value = q_rope.shape[3], w_uv.shape[1]
-    out = torch.empty(batch, tokens, heads, value, dtype=q_nope.dtype)
+    out = torch.empty(batch, tokens, heads, value, dtype=q_nope.dtype, device=CPU)
     if out.numel() == 0:
         return out
     native_mask, mask_kind, hidden = _NO_MASK

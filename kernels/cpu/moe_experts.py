@@ -1,7 +1,8 @@
 """Native experts: the weights of each chosen expert are read once, where they lie, however many tokens chose it.
 
-Everything between x and the output is in float32, beside float32 or bfloat16 weights, and summed in an order that a
-token's own choices fix: its answer does not depend on the batch around it or on the number of threads.
+Sums are in float32, beside float32 or bfloat16 weights, and in an order that a token's own choices fix: its answer
+does not depend on the batch around it or on the number of threads. What w2 is given is float32, too, but bfloat16 where
+the processor has products of those.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from dsopt.capture import known
-from dsopt.kernels.cpu.native import DTYPES, _cpu, dense_rows
+from dsopt.kernels.cpu.native import CPU, DTYPES, _cpu, dense_rows
 from dsopt.op import Kernel
 
 Stack = tuple[int, int, int]
@@ -59,9 +60,13 @@ def moe_experts(
     if not dense_rows(x):
         x = x.contiguous()
     ids, weights = ids.long(), weights.float()
-    out = torch.empty(num_tokens, out_hidden, dtype=x.dtype)
-    gate, up = _halves(stack(w13), stack(w3), w13.element_size(), intermediate, gated, interleaved)
-    gate_bias, up_bias = _halves(stack(b13), stack(b3), w13.element_size(), intermediate, gated, interleaved)
+    out = torch.empty(num_tokens, out_hidden, dtype=x.dtype, device=CPU)
+    gate, up, gate_bias, up_bias = stack(w13), stack(w3), stack(b13), stack(b3)
+    if gated and w3 is None:
+        item = w13.element_size()
+        gate, up = _halves(gate, item, intermediate, interleaved)
+        if b13 is not None:
+            gate_bias, up_bias = _halves(gate_bias, item, intermediate, interleaved)
     routed = (
         (gate, up, stack(w2), gate_bias, up_bias, stack(b2)),
         intermediate,
@@ -86,16 +91,12 @@ def moe_experts(
     return out
 
 
-def _halves(
-    first: Stack, second: Stack, item: int, intermediate: int, gated: bool, interleaved: bool
-) -> tuple[Stack, Stack]:
-    """Gate's and up's part of what lies in `first`, or in `first` and `second`: matrices or biases."""
-    address, expert, row = first
-    if not gated or second is not NOTHING or first is NOTHING:
-        return first, second
+def _halves(both: Stack, item: int, intermediate: int, interleaved: bool) -> tuple[Stack, Stack]:
+    """Gate's and up's rows of matrices, or elements of biases, that hold both; item: bytes of an element."""
+    address, expert, row = both
     if interleaved:
         return (address, expert, 2 * row), (address + row * item, expert, 2 * row)
-    return first, (address + intermediate * row * item, expert, row)
+    return both, (address + intermediate * row * item, expert, row)
 
 
 def _plan(*args):
@@ -109,6 +110,20 @@ def _check(
 ) -> str | None:  # fmt: skip
     if activation not in ACTIVATIONS:
         return f"computes {', '.join(ACTIVATIONS)}, got activation {activation}"
+    if x.ndim != 2 or known(x.shape[1] == 0) or w2.ndim != 3:
+        return f"needs x of two dimensions with elements and w2 of three, got {list(x.shape)} and {list(w2.shape)}"
+    if (
+        ids.dtype not in (torch.int64, torch.int32)
+        or ids.device.type != "cpu"
+        or weights.device.type != "cpu"
+    ):
+        return f"needs int32 or int64 ids and weights on the CPU, got {ids.dtype} on {ids.device}"
+    if limit is not None and limit < 0:
+        return f"needs a limit of 0 or more, got {limit}"
+    if (not gated and w3 is not None) or (w3 is None and b3 is not None):
+        return "takes w3 for gated experts only, and b3 beside w3 only"
+    if len({w is None for w in (shared_gate, shared_up, shared_down)}) > 1:
+        return "needs all three weights of shared experts, or none"
     num_experts, out_hidden, intermediate = w2.shape
     hidden, rows = x.shape[1], intermediate * (2 if gated and w3 is None else 1)
     wanted = {

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from dsopt.capture import known
-from dsopt.kernels.cpu.native import DTYPES, _cpu, dense_rows
+from dsopt.kernels.cpu.native import CPU, DTYPES, _cpu, dense_rows
 from dsopt.op import Kernel
+from dsopt.ops.route import GROUP_SCORES
 
 SCORING = _cpu.Scoring.__members__
 BIAS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,8 +27,8 @@ def moe_route(
     scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     *tokens, num_experts = logits.shape
-    weights = torch.empty(*tokens, topk, dtype=torch.float32)
-    ids = torch.empty(*tokens, topk, dtype=torch.int64)
+    weights = torch.empty(*tokens, topk, dtype=torch.float32, device=CPU)
+    ids = torch.empty(*tokens, topk, dtype=torch.int64, device=CPU)
     rows = logits if logits.ndim == 2 else logits.reshape(-1, num_experts)
     if not dense_rows(rows):
         rows = rows.contiguous()
@@ -56,7 +57,7 @@ def _plan(*args):
     return moe_route
 
 
-def _check(logits, topk, scoring, bias, num_groups, *rest) -> str | None:
+def _check(logits, topk, scoring, bias, num_groups, topk_groups, group_score, *rest) -> str | None:
     num_experts = logits.shape[-1]
     if logits.ndim == 0 or not (
         0 <= topk <= num_experts and num_groups > 0 and num_experts % num_groups == 0
@@ -64,6 +65,8 @@ def _check(logits, topk, scoring, bias, num_groups, *rest) -> str | None:
         return (
             f"needs topk <= experts in groups of one size, got {topk} of {num_experts} in {num_groups} groups"
         )
+    if group_score not in GROUP_SCORES or topk_groups < 1:
+        return f"needs the best groups by {' or '.join(GROUP_SCORES)}, got {topk_groups} by {group_score}"
     if scoring not in SCORING:
         return f"computes {', '.join(SCORING)}, got scoring {scoring}"
     if bias is None:

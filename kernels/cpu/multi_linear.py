@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from dsopt.capture import known
-from dsopt.kernels.cpu.native import DTYPES, _cpu, dense_rows
+from dsopt.kernels.cpu.native import CPU, DTYPES, _cpu, dense_rows
 from dsopt.kernels.torch.gemm import bfloat16_is_slow
 from dsopt.kernels.torch.multi_linear import multi_linear as aten
 from dsopt.op import Kernel
@@ -41,7 +41,7 @@ def native(
         rows = rows.contiguous()
     outs, table = [], []
     for w, bias in zip(weights, biases, strict=True):
-        out = torch.empty(*tokens, w.shape[0], dtype=dtype)
+        out = torch.empty(*tokens, w.shape[0], dtype=dtype, device=CPU)
         outs.append(out)
         table.append(
             (w.data_ptr(), w.stride(0), w.shape[0], 0 if bias is None else bias.data_ptr(), out.data_ptr())
@@ -87,7 +87,8 @@ def _check(x, weights, biases, dtype=None) -> str | None:
         if bias is None:
             continue
         if bias.dtype != x.dtype or bias.device.type != "cpu" or bias.stride() != (1,):
-            return f"needs a dense bias {i} of {x.dtype} on the CPU, got {bias.dtype} on {bias.device}"
+            got = f"{bias.dtype} on {bias.device} with strides {bias.stride()}"
+            return f"needs a dense bias {i} of {x.dtype} on the CPU, got {got}"
         if bias.shape != w.shape[:1]:
             return f"needs bias {i} of shape {list(w.shape[:1])}, got {list(bias.shape)}"
     return None

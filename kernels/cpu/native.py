@@ -14,8 +14,10 @@ except ImportError as error:
         f"({error})"
     ) from error
 
-__all__ = ["DTYPES", "_cpu", "dense_rows", "empty_like", "require", "spread"]
+__all__ = ["CPU", "DTYPES", "_cpu", "dense_rows", "empty_like", "require", "spread"]
 
+# results lie there whatever the default device is
+CPU = torch.device("cpu")
 DTYPES = frozenset({torch.float32, torch.bfloat16})
 
 
@@ -26,7 +28,7 @@ def dense_rows(x: torch.Tensor) -> bool:
 
 def empty_like(x: torch.Tensor) -> torch.Tensor:
     """A dense tensor of x's shape and dtype, not filled."""
-    return torch.empty_like(x) if x.is_contiguous() else torch.empty(*x.shape, dtype=x.dtype)
+    return torch.empty_like(x) if x.is_contiguous() else torch.empty(*x.shape, dtype=x.dtype, device=CPU)
 
 
 def spread(x: torch.Tensor, shape: Sequence[int]) -> tuple[int, ...] | None:

@@ -31,7 +31,7 @@ def linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -
     if x.dtype != torch.bfloat16 or not x.is_cpu or tokens < MANY_TOKENS or not bfloat16_is_slow():
         return aten_linear(x, w, bias)
     wide = x.float()
-    out = torch.empty(*x.shape[:-1], w.shape[0], dtype=x.dtype)
+    out = torch.empty(*x.shape[:-1], w.shape[0], dtype=x.dtype, device=x.device)
     rows = max(1, BLOCK_BYTES // (4 * max(1, w.shape[1])))
     for start in range(0, w.shape[0], rows):
         block = slice(start, start + rows)

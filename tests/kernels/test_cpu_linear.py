@@ -164,5 +164,44 @@ def test_refusals():
     assert "bias 0 of shape" in reason(linear, x, [w13[0]], [torch.ones(3)])
     assert "w_gate of shape" in reason(mlp, x, w13[0], w13[0], w2[0].mT)
     assert "needs a bias of shape [9]" in reason(route, torch.zeros(2, 9), 2, "sigmoid", torch.zeros(8))
+    gate, bias = w13[:, :50], torch.ones(9, 50)
+    assert "b3 beside w3" in reason(experts, x, ids, weights, w13, w2, None, None, None, bias)
+    assert "for gated experts" in reason(
+        experts, x, ids, weights, gate, w2, gate, None, None, None, "silu", False
+    )
+    shared = (gate[0], None, w2[0])
+    some = ("silu", True, False, None, *shared)
+    assert "all three" in reason(experts, x, ids, weights, w13, w2, None, None, None, None, *some)
+    assert "int32 or int64" in reason(experts, x, ids.float(), weights, w13, w2)
+    assert "limit" in reason(
+        experts, x, ids, weights, w13, w2, None, None, None, None, "silu", True, False, -1.0
+    )
+    assert "activation relu" in reason(mlp, x, gate[0], gate[0], w2[0], None, None, None, "relu")
+    assert "top3" in reason(route, torch.zeros(2, 9), 2, "sigmoid", None, 3, 2, "top3")
     with pytest.raises(ValueError, match="ids and weights"):
         experts_kernel.moe_experts(x, ids[:1], weights, w13, w2)
+
+
+@each_dtype
+def test_split_experts_with_one_bias(dtype):
+    x, ids, weights, w13, w2 = experts_case(dtype, 5)
+    gate, up = w13.chunk(2, 1)
+    for biases in (
+        (torch.ones(9, 50, dtype=dtype), None, None),
+        (None, None, torch.ones(9, 50, dtype=dtype)),
+    ):
+        args = moe_experts.bind((x, ids, weights, gate, w2, up, *biases))
+        got = experts_kernel.moe_experts(*args)
+        assert relative_l2(got, truth(moe_experts, args)[0]) <= moe_experts.tolerance[dtype]
+
+
+def test_results_lie_on_the_cpu_whatever_the_default_device_is():
+    x, ids, weights, w13, w2 = experts_case(torch.float32, 3)
+    with torch.device("meta"):
+        results = [
+            experts_kernel.moe_experts(x, ids, weights, w13, w2),
+            *linear_kernel.native(x, [w13[0]], [None]),
+            mlp_kernel.gated_mlp(x, w13[0, :50], w13[0, 50:], w2[0]),
+            *route_kernel.moe_route(x, 2),
+        ]
+    assert all(y.is_cpu for y in results)

@@ -483,3 +483,23 @@ def test_written_view_whose_layout_is_seen_stays_a_view(fn):
         torch.utils._pytree.tree_leaves(result.run(X)), torch.utils._pytree.tree_leaves(fn(X)), strict=True
     ):
         assert relative_l2(a, b) < 1e-6
+
+
+def test_a_result_is_a_tensor_of_its_own():
+    """Even if it is all of an input's memory: the caller may change its shape."""
+    result = rewritten(lambda x: (x.view(x.shape), x * 2), torch.randn(2, 3), passes=["canonicalize"])
+    x = torch.randn(2, 3)
+    result.run(x)[0].unsqueeze_(0)
+    assert x.shape == (2, 3)
+
+
+def test_a_cast_to_the_dtype_of_another_before_a_write():
+    def fn(x, y):
+        c = x.type_as(y.double())
+        x.fill_(2.0)
+        return c, x * 1.5
+
+    result = rewritten(fn, torch.randn(3), torch.randn(3), passes=["canonicalize"])
+    x, y = torch.randn(3), torch.randn(3)
+    want = fn(x.clone(), y)
+    assert all(torch.equal(a, b) for a, b in zip(result.run(x, y), want, strict=True))

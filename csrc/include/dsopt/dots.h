@@ -201,6 +201,7 @@ void dot_tile_rows(Rows<T> w, int64_t rows, const typename Packing<T>::Element* 
 template <class T>
 void dot_rows(Rows<T> w, int64_t rows, const typename Packing<T>::Element* const* x, int64_t tokens, int64_t k,
               float* out, int64_t out_stride) {
+  static_assert(kTileTokens == (kLanes == 16 ? 6 : 2), "one case each");
   switch (tokens) {
     case 1:
       for (int64_t r = 0; r + kRowsOfOne <= rows; r += kRowsOfOne) {
