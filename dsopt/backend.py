@@ -210,6 +210,8 @@ def _not_ours(gm: GraphModule, example_inputs: Sequence[Any]) -> str | None:
         if all(graph.fallback != _NEEDS_GRADIENTS for graph in GRAPHS.reading(tensors)):
             _warn_gradients()
         return _NEEDS_GRADIENTS
+    if any(x.is_neg() or x.is_conj() for x in tensors):
+        return "an input has a negation or conjugation that was put off"  # its fake value would not
     return unsupported(gm)
 
 

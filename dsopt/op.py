@@ -133,6 +133,12 @@ class Kernel:
         if self.dtypes and first.dtype not in self.dtypes:
             known = ", ".join(sorted(str(d).removeprefix("torch.") for d in self.dtypes))
             return f"needs dtype {known}, got {str(first.dtype).removeprefix('torch.')}"
+        if any(
+            x.is_neg() or x.is_conj()
+            for x in torch.utils._pytree.tree_leaves(args)
+            if isinstance(x, torch.Tensor)
+        ):
+            return "needs tensors without a negation or conjugation that was put off"
         return self.check(*args)
 
 

@@ -275,6 +275,7 @@ def _clamp(gm: GraphModule, node: Node) -> Node | None:
 
 
 def _add(gm: GraphModule, node: Node) -> Node | None:
+    # -0.0 keeps its sign, as it does in Inductor
     return _same(gm, node) if not isinstance(node.args[1], Node) and node.args[1] == 0 else None
 
 

@@ -424,3 +424,16 @@ def test_autocast_switched_off_where_it_is_off_changes_nothing():
         with torch.autocast("cpu", torch.bfloat16):
             assert relative_l2(torch.compile(fn, backend=dsopt_backend, options=EAGER)(IDS), fn(IDS)) == 0
     assert any("autocast" in line for line in dsopt.report(model).fallbacks)
+
+
+def test_a_negation_that_was_put_off():
+    """Kernels read memory: a tensor that is the negative of its memory is not for them."""
+    x, norm = torch.randn(3, 16), torch.nn.RMSNorm(16)
+    with torch.no_grad():
+        fn = torch.compile(lambda x: norm(x), backend=dsopt_backend, options={"fallback": "eager"})
+        assert relative_l2(fn(x), norm(x)) < 1e-6
+        assert relative_l2(fn(torch._neg_view(x)), norm(-x)) < 1e-6
+        fn = torch.compile(
+            lambda x: norm(torch._neg_view(x)), backend=dsopt_backend, options={"strict": True}
+        )
+        assert relative_l2(fn(x), norm(-x)) < 1e-6

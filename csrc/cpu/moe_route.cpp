@@ -55,6 +55,10 @@ struct Router {
     if (a.scoring == Scoring::sigmoid) {
       for (int64_t i = n; i < padded; ++i) scores[i] = 0.0f;
       for (int64_t i = 0; i < padded; i += kLanes) store(scores + i, sigmoid(load(scores + i)));
+      // subnormal scores, which the vectors' exponential makes 0, still order the experts
+      for (int64_t i = 0; i < n; ++i) {
+        if (const float x = to_float(logits[i]); x < -86.0f) scores[i] = expf(x);
+      }
       return;
     }
     for (int64_t i = n; i < padded; ++i) scores[i] = -kInfinity;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dsopt.capture import known
-from dsopt.kernels.cpu.native import DTYPES, _cpu
+from dsopt.kernels.cpu.native import DTYPES, plan
 from dsopt.kernels.cpu.rms_norm import check_norm, run_norm
 from dsopt.op import Kernel
 
@@ -16,11 +16,6 @@ def _add_rms_norm(
     return run_norm(x, residual, weight, eps)
 
 
-def _plan(x, residual, weight, eps):
-    _cpu.isa()  # a bad DSOPT_ISA is reported here rather than in the middle of a model
-    return _add_rms_norm
-
-
 def _check(x, residual, weight, eps):
     if residual.dtype != x.dtype or residual.device != x.device:
         return f"needs a residual of x's dtype and device, got {residual.dtype} on {residual.device}"
@@ -29,4 +24,6 @@ def _check(x, residual, weight, eps):
     return check_norm(x, weight)
 
 
-KERNELS = (Kernel("add_rms_norm", "cpu", _plan, _check, device="cpu", dtypes=DTYPES, priority=20),)
+KERNELS = (
+    Kernel("add_rms_norm", "cpu", plan(_add_rms_norm), _check, device="cpu", dtypes=DTYPES, priority=20),
+)

@@ -13,7 +13,7 @@ from dsopt.kernels.cpu.moe_experts import (
     matrix,
 )
 from dsopt.kernels.cpu.multi_linear import many_tokens
-from dsopt.kernels.cpu.native import CPU, DTYPES, _cpu, dense_rows
+from dsopt.kernels.cpu.native import CPU, DTYPES, _cpu, plan, rows
 from dsopt.kernels.torch.gated_mlp import gated_mlp as aten_gated_mlp
 from dsopt.op import Kernel
 from dsopt.ops.linear import ACTIVATIONS as MLP_ACTIVATIONS
@@ -37,9 +37,8 @@ def gated_mlp(
     out = torch.empty(*tokens, out_hidden, dtype=x.dtype, device=CPU)
     if not out.numel():
         return out
-    x = x.reshape(-1, hidden)
-    if not dense_rows(x):
-        x = x.contiguous()
+    num_tokens = x.numel() // hidden
+    x, x_stride = rows(x)
     operands = (w_gate, w_up, w_down, b_gate, b_up, b_down)
     mlp = (
         tuple(map(matrix, operands)),
@@ -48,9 +47,9 @@ def gated_mlp(
         UNLIMITED if limit is None else limit,
     )
     _cpu.moe_experts(
-        (x.shape[0], hidden, out_hidden, 0, 0),
+        (num_tokens, hidden, out_hidden, 0, 0),
         x.data_ptr(),
-        x.stride(0),
+        x_stride,
         NOTHING,
         NOTHING,
         NO_MLPS,
@@ -59,11 +58,6 @@ def gated_mlp(
         x.dtype == torch.bfloat16,
     )
     return out
-
-
-def _plan(*args):
-    _cpu.isa()  # a bad DSOPT_ISA is reported here rather than in the middle of a model
-    return gated_mlp
 
 
 def _check(x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation, limit) -> str | None:
@@ -87,4 +81,4 @@ def _check(x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation, limit) -> 
     )
 
 
-KERNELS = (Kernel("gated_mlp", "cpu", _plan, _check, device="cpu", dtypes=DTYPES, priority=20),)
+KERNELS = (Kernel("gated_mlp", "cpu", plan(gated_mlp), _check, device="cpu", dtypes=DTYPES, priority=20),)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from dsopt.capture import known
-from dsopt.kernels.cpu.native import CPU, DTYPES, _cpu, dense_rows, require, spread
+from dsopt.kernels.cpu.native import CPU, DTYPES, _cpu, dense_rows, plan, require, spread
 from dsopt.op import Kernel
 
 # The rate of ATen's expanded form beside this kernel's own, where the two were measured to take the same time
@@ -175,11 +175,6 @@ def _mla_attention(
     return variant(q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal)
 
 
-def _plan(*args):
-    _cpu.isa()  # a bad DSOPT_ISA is reported here rather than in the middle of a model
-    return _mla_attention
-
-
 def _check(q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal=False):
     tensors = {"q_rope": q_rope, "latent": latent, "k_rope": k_rope, "w_uk": w_uk, "w_uv": w_uv}
     for name, x in tensors.items():
@@ -207,7 +202,7 @@ KERNELS = (
     Kernel(
         "mla_attention",
         "cpu",
-        _plan,
+        plan(_mla_attention),
         _check,
         device="cpu",
         dtypes=DTYPES,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from dsopt.capture import known
-from dsopt.kernels.cpu.native import CPU, DTYPES, _cpu, dense_rows
+from dsopt.kernels.cpu.native import CPU, DTYPES, _cpu, dense_rows, plan, rows
 from dsopt.op import Kernel
 
 Stack = tuple[int, int, int]
@@ -57,8 +57,7 @@ def moe_experts(
         raise ValueError(
             f"ids and weights must be ({num_tokens}, topk) both, got {list(ids.shape)} and {list(weights.shape)}"
         )
-    if not dense_rows(x):
-        x = x.contiguous()
+    x, x_stride = rows(x)
     ids, weights = ids.long(), weights.float()
     out = torch.empty(num_tokens, out_hidden, dtype=x.dtype, device=CPU)
     gate, up, gate_bias, up_bias = stack(w13), stack(w3), stack(b13), stack(b3)
@@ -80,7 +79,7 @@ def moe_experts(
     _cpu.moe_experts(
         (num_tokens, hidden, out_hidden, topk, num_experts),
         x.data_ptr(),
-        x.stride(0),
+        x_stride,
         stack(ids) if ids.numel() else _NO_CHOICES,
         stack(weights) if ids.numel() else _NO_CHOICES,
         routed,
@@ -97,11 +96,6 @@ def _halves(both: Stack, item: int, intermediate: int, interleaved: bool) -> tup
     if interleaved:
         return (address, expert, 2 * row), (address + row * item, expert, 2 * row)
     return both, (address + intermediate * row * item, expert, row)
-
-
-def _plan(*args):
-    _cpu.isa()  # a bad DSOPT_ISA is reported here rather than in the middle of a model
-    return moe_experts
 
 
 def _check(
@@ -163,4 +157,4 @@ def check_weights(
     return None
 
 
-KERNELS = (Kernel("moe_experts", "cpu", _plan, _check, device="cpu", dtypes=DTYPES, priority=20),)
+KERNELS = (Kernel("moe_experts", "cpu", plan(moe_experts), _check, device="cpu", dtypes=DTYPES, priority=20),)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from dsopt.capture import known
-from dsopt.kernels.cpu.native import CPU, DTYPES, _cpu, dense_rows
+from dsopt.kernels.cpu.native import CPU, DTYPES, _cpu, plan, rows
 from dsopt.op import Kernel
 from dsopt.ops.route import GROUP_SCORES
 
@@ -29,18 +29,17 @@ def moe_route(
     *tokens, num_experts = logits.shape
     weights = torch.empty(*tokens, topk, dtype=torch.float32, device=CPU)
     ids = torch.empty(*tokens, topk, dtype=torch.int64, device=CPU)
-    rows = logits if logits.ndim == 2 else logits.reshape(-1, num_experts)
-    if not dense_rows(rows):
-        rows = rows.contiguous()
+    num_tokens = logits.numel() // num_experts if num_experts else 0
+    logits, stride = rows(logits)
     if bias is not None:
         bias = bias.to(torch.float32).contiguous()
     _cpu.moe_route(
-        rows.data_ptr(),
-        rows.stride(0),
+        logits.data_ptr(),
+        stride,
         0 if bias is None else bias.data_ptr(),
         weights.data_ptr(),
         ids.data_ptr(),
-        (rows.shape[0], num_experts, topk, num_groups, topk_groups),
+        (num_tokens, num_experts, topk, num_groups, topk_groups),
         float("-inf") if outside is None else outside,
         eps,
         scale,
@@ -50,11 +49,6 @@ def moe_route(
         logits.dtype == torch.bfloat16,
     )
     return weights, ids
-
-
-def _plan(*args):
-    _cpu.isa()  # a bad DSOPT_ISA is reported here rather than in the middle of a model
-    return moe_route
 
 
 def _check(logits, topk, scoring, bias, num_groups, topk_groups, group_score, *rest) -> str | None:
@@ -78,4 +72,4 @@ def _check(logits, topk, scoring, bias, num_groups, topk_groups, group_score, *r
     return None
 
 
-KERNELS = (Kernel("moe_route", "cpu", _plan, _check, device="cpu", dtypes=DTYPES, priority=20),)
+KERNELS = (Kernel("moe_route", "cpu", plan(moe_route), _check, device="cpu", dtypes=DTYPES, priority=20),)

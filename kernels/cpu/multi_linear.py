@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from dsopt.capture import known
-from dsopt.kernels.cpu.native import CPU, DTYPES, _cpu, dense_rows
+from dsopt.kernels.cpu.native import CPU, DTYPES, _cpu, dense_rows, plan, rows
 from dsopt.kernels.torch.gemm import bfloat16_is_slow
 from dsopt.kernels.torch.multi_linear import multi_linear as aten
 from dsopt.op import Kernel
@@ -36,9 +36,8 @@ def native(
     """As multi_linear, always by the native kernel. Rows of weights must be dense, and x must have columns."""
     *tokens, in_features = x.shape
     dtype = x.dtype if dtype is None else dtype
-    rows = x if x.ndim == 2 else x.reshape(-1, in_features)
-    if not dense_rows(rows):
-        rows = rows.contiguous()
+    num_tokens, is_bfloat16 = x.numel() // in_features, x.dtype == torch.bfloat16
+    x, stride = rows(x)
     outs, table = [], []
     for w, bias in zip(weights, biases, strict=True):
         out = torch.empty(*tokens, w.shape[0], dtype=dtype, device=CPU)
@@ -47,12 +46,12 @@ def native(
             (w.data_ptr(), w.stride(0), w.shape[0], 0 if bias is None else bias.data_ptr(), out.data_ptr())
         )
     _cpu.multi_linear(
-        rows.data_ptr(),
-        rows.stride(0),
-        rows.shape[0],
+        x.data_ptr(),
+        stride,
+        num_tokens,
         in_features,
         table,
-        x.dtype == torch.bfloat16,
+        is_bfloat16,
         dtype == torch.bfloat16,
     )
     return outs
@@ -65,11 +64,6 @@ def multi_linear(
     dtype: torch.dtype | None = None,
 ) -> list[torch.Tensor]:
     return (aten if many_tokens(x) else native)(x, weights, biases, dtype)
-
-
-def _plan(*args):
-    _cpu.isa()  # a bad DSOPT_ISA is reported here rather than in the middle of a model
-    return multi_linear
 
 
 def _check(x, weights, biases, dtype=None) -> str | None:
@@ -94,4 +88,6 @@ def _check(x, weights, biases, dtype=None) -> str | None:
     return None
 
 
-KERNELS = (Kernel("multi_linear", "cpu", _plan, _check, device="cpu", dtypes=DTYPES, priority=20),)
+KERNELS = (
+    Kernel("multi_linear", "cpu", plan(multi_linear), _check, device="cpu", dtypes=DTYPES, priority=20),
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -14,16 +14,35 @@ except ImportError as error:
         f"({error})"
     ) from error
 
-__all__ = ["CPU", "DTYPES", "_cpu", "dense_rows", "empty_like", "require", "spread"]
+__all__ = ["CPU", "DTYPES", "_cpu", "dense_rows", "empty_like", "plan", "require", "rows", "spread"]
 
 # results lie there whatever the default device is
 CPU = torch.device("cpu")
 DTYPES = frozenset({torch.float32, torch.bfloat16})
 
 
+def plan(fn: Callable) -> Callable[..., Callable]:
+    """A kernel's plan that is `fn` whatever the arguments."""
+
+    def planned(*args) -> Callable:
+        _cpu.isa()  # a bad DSOPT_ISA is reported here rather than in the middle of a model
+        return fn
+
+    return planned
+
+
 def dense_rows(x: torch.Tensor) -> bool:
     """Whether the elements of a row are neighbours."""
     return x.stride(-1) == 1 or x.shape[-1] == 1
+
+
+def rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """x with the elements of a row next to each other, and the elements from one row to the next."""
+    if x.is_contiguous():
+        return x, x.shape[-1]
+    flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    flat = flat if dense_rows(flat) else flat.contiguous()
+    return flat, flat.stride(0)
 
 
 def empty_like(x: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from dsopt.capture import known
-from dsopt.kernels.cpu.native import DTYPES, _cpu, dense_rows, empty_like, require
+from dsopt.kernels.cpu.native import DTYPES, _cpu, empty_like, plan, require, rows
 from dsopt.op import Kernel
 
 
@@ -24,15 +24,6 @@ def check_norm(x: torch.Tensor, weight: torch.Tensor | None) -> str | None:
     if weight is not None and (weight.ndim != 1 or known(weight.shape[0] != x.shape[-1])):
         return f"needs a weight as wide as x's rows, got {list(weight.shape)} for {list(x.shape)}"
     return None
-
-
-def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """x with elements of a row next to each other, and the elements from one row to the next."""
-    if x.is_contiguous():
-        return x, x.shape[-1]
-    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    rows = rows if dense_rows(rows) else rows.contiguous()
-    return rows, rows.stride(0)
 
 
 def run_norm(
@@ -52,8 +43,8 @@ def run_norm(
     count, hidden = x.numel(), x.shape[-1]
     if not count:
         return out, total
-    x, x_stride = _rows(x)
-    residual, residual_stride = (None, 0) if residual is None else _rows(residual)
+    x, x_stride = rows(x)
+    residual, residual_stride = (None, 0) if residual is None else rows(residual)
     if weight is not None and hidden > 1:
         weight = weight.contiguous()
     _cpu.rms_norm(
@@ -76,13 +67,8 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch
     return run_norm(x, None, weight, eps)[0]
 
 
-def _plan(x, weight, eps):
-    _cpu.isa()  # a bad DSOPT_ISA is reported here rather than in the middle of a model
-    return _rms_norm
-
-
 def _check(x, weight, eps):
     return check_norm(x, weight)
 
 
-KERNELS = (Kernel("rms_norm", "cpu", _plan, _check, device="cpu", dtypes=DTYPES, priority=20),)
+KERNELS = (Kernel("rms_norm", "cpu", plan(_rms_norm), _check, device="cpu", dtypes=DTYPES, priority=20),)

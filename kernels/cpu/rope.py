@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dsopt.kernels.cpu.native import DTYPES, _cpu, dense_rows, empty_like, spread
+from dsopt.kernels.cpu.native import DTYPES, _cpu, dense_rows, empty_like, plan, spread
 from dsopt.op import Kernel
 
 
@@ -38,11 +38,6 @@ def rope(
     return out
 
 
-def _plan(*args):
-    _cpu.isa()  # a bad DSOPT_ISA is reported here rather than in the middle of a model
-    return rope
-
-
 def _check(x, cos, sin, interleaved_in, interleaved_out) -> str | None:
     if not 1 <= x.ndim <= 4 or x.shape[-1] % 2:
         return f"needs one to four dimensions, the last of them even, got {list(x.shape)}"
@@ -55,4 +50,4 @@ def _check(x, cos, sin, interleaved_in, interleaved_out) -> str | None:
     return None
 
 
-KERNELS = (Kernel("rope", "cpu", _plan, _check, device="cpu", dtypes=DTYPES, priority=20),)
+KERNELS = (Kernel("rope", "cpu", plan(rope), _check, device="cpu", dtypes=DTYPES, priority=20),)

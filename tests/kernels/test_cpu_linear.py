@@ -205,3 +205,10 @@ def test_results_lie_on_the_cpu_whatever_the_default_device_is():
             *route_kernel.moe_route(x, 2),
         ]
     assert all(y.is_cpu for y in results)
+
+
+def test_tiny_scores_still_order_the_experts(isa):
+    logits = torch.tensor([[-100.0, -95.0, -90.0, -88.0]])
+    weights, ids = route_kernel.moe_route(logits, 2, "sigmoid", renormalize=True)
+    want = logits.double().sigmoid()[0, [3, 2]]
+    assert ids.tolist() == [[3, 2]] and relative_l2(weights[0], want / want.sum()) < 1e-3
