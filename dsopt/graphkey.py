@@ -9,7 +9,7 @@ import json
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import Distribution, PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
 
@@ -94,17 +94,25 @@ def _processors(values: Sequence[Any]) -> list[str]:
 
 @functools.cache
 def _installed() -> list[Any]:
-    """Versions of all that chooses or makes kernels."""
+    """Versions of all that chooses or makes kernels. Raises Refused where a version does not tell the code."""
     versions = {"torch": f"{torch.__version__} {torch.version.git_version}", "dsopt": dsopt.__version__}
     for name in ("numba", "llvmlite", "triton", "numpy"):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = ""
-    offered = [
-        (e.name, e.value, e.dist.version if e.dist else "") for e in entry_points(group=ENTRY_POINT_GROUP)
-    ]
+    offered = []
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        if entry.dist is not None and _is_edited(entry.dist):
+            raise Refused(f"{entry.dist.name}, which offers kernels, is installed for development")
+        offered.append((entry.name, entry.value, entry.dist.version if entry.dist else ""))
     return [platform.python_version(), platform.machine(), versions, sorted(offered)]
+
+
+def _is_edited(package: Distribution) -> bool:
+    """Whether a package is an editable install, whose version does not tell its code."""
+    origin = json.loads(package.read_text("direct_url.json") or "{}")
+    return bool(origin.get("dir_info", {}).get("editable"))
 
 
 @functools.cache

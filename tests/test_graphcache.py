@@ -387,3 +387,20 @@ def test_targets_are_named_only_where_a_name_says_what_they_do():
     for unknown in (silu, run, Path.exists):
         with pytest.raises(Refused, match="a call of"):
             target_name(unknown)
+
+
+@pytest.mark.parametrize("editable", [True, False])
+def test_kernels_of_a_package_that_is_being_edited(folder, monkeypatch, tmp_path, editable):
+    """Its version stays the same while its code changes."""
+    info = tmp_path / "acme-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[dsopt.kernels]\nacme = acme_kernels\n")
+    (info / "direct_url.json").write_text(json.dumps({"url": "", "dir_info": {"editable": editable}}))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(graphkey, "_installed", graphkey._installed.__wrapped__)
+    if editable:
+        with pytest.raises(Refused, match="acme, which offers kernels, is installed for development"):
+            graphkey._installed()
+    else:
+        assert ("acme", "acme_kernels", "1.0") in graphkey._installed()[-1]
