@@ -116,7 +116,7 @@ class Report:
         recompile_limit: int | None = None,
         prepared: Iterable[Prepared] = (),
     ):
-        self.graphs = sorted(graphs, key=lambda g: g.name)
+        self.graphs = sorted(graphs, key=lambda g: (len(g.name), g.name))  # graph9 before graph10
         self.prepared = list(prepared)
         self._limit = recompile_limit
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import dsopt
 from dsopt.backend import dsopt_backend
 from dsopt.census import FAMILIES
+from dsopt.report import GraphIndex, Report
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 OPTIONS = {"fallback": "eager"}
@@ -137,6 +138,12 @@ def test_one_more_graph_for_new_shapes():
         model(torch.randn(2, tokens, 8))
     assert len(dsopt.report(model).graphs) == 2
     assert dsopt.report(model).matched["norm"] == [4, 4]
+
+
+def test_graphs_are_listed_in_the_order_they_were_compiled():
+    index = GraphIndex()
+    graphs = [index.new() for _ in range(12)]
+    assert Report(set(graphs)).graphs == graphs
 
 
 def test_the_dict_has_the_documented_keys():
