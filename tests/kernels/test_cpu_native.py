@@ -1,8 +1,7 @@
-"""The native CPU kernels: every instruction set of this machine, threads, masks, machine code."""
+"""The native CPU kernels: every instruction set of this machine, threads, masks."""
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 
@@ -23,8 +22,6 @@ from dsopt.testing import rand, truth
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16)
 RUN = {op: kernel for op in OPS.values() for kernel in kernels(op.name)[0] if kernel.backend == "cpu"}
-# any machine that could compile the extension has objdump; one that got a wheel may not
-DISASSEMBLED = ("avx2", "avx512") if shutil.which("objdump") and "avx2" in _cpu.isas() else ()
 
 
 @pytest.fixture(params=_cpu.isas())
@@ -277,25 +274,3 @@ print(open("/proc/self/maps").read())
     maps = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     runtimes = {line.split()[-1] for line in maps.splitlines() if re.search(r"lib[gi]?omp", line)}
     assert len({os.path.realpath(path) for path in runtimes}) == 1, runtimes
-
-
-def functions():
-    """Disassembly of the extension, by symbol."""
-    command = ["objdump", "-d", "--no-show-raw-insn", _cpu.__file__]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return dict(re.findall(r"^[0-9a-f]+ <(\S+)>:\n((?:.+\n?)*)", text, re.M))
-
-
-@pytest.mark.skipif(not DISASSEMBLED, reason="objdump or x86-64")
-def test_instructions():
-    """Each variant uses its own registers, and code outside the variants only what every processor has."""
-    registers = {"avx2": (r"%ymm", r"%zmm"), "avx512": (r"%zmm", None), "avx512_bf16": (r"%zmm", None)}
-    code = dict.fromkeys((*registers, "other"), "")
-    for symbol, body in functions().items():
-        variant = re.search(r"5dsopt\d+(avx2|avx512_bf16|avx512)(?=\d|[A-Z])", symbol)
-        code[variant.group(1) if variant else "other"] += body
-    for name, (has, lacks) in registers.items():
-        assert re.search(has, code[name]) and re.search(r"vfmadd\w+ps", code[name]), name
-        assert lacks is None or not re.search(lacks, code[name]), name
-    assert "vdpbf16ps" in code["avx512_bf16"] and "vdpbf16ps" not in code["avx512"]
-    assert not re.search(r"%[yz]mm|vfmadd", code["other"])
