@@ -10,8 +10,10 @@
 // the order of the keys. What a row's answer is made of is fixed by its keys alone, so it does not depend
 // on the number of threads, on the batch, or on how long the buffer behind the visible keys is.
 #include "dsopt/kernels.h"
+#include "dsopt/masks.h"
 #include "dsopt/parallel.h"
 #include "dsopt/simd.h"
+#include "dsopt/softmax.h"
 #include "dsopt/tiles.h"
 
 namespace dsopt::DSOPT_VARIANT {
@@ -22,19 +24,6 @@ constexpr int64_t kSplit = 512;
 constexpr int64_t kGroup = 32;
 constexpr int64_t kPad = 16;
 constexpr int64_t kWeightRows = 8;
-
-// what a query's mask says of all its keys
-enum : uint8_t {
-  kDead,     // hides all of them: the answer is zero
-  kNormal,   // values at or below `hidden` hide a key
-  kLiteral,  // no value above `hidden`: only -infinity hides, the rest is added as it is
-};
-
-struct Partial {
-  float* maximum;  // [row]
-  float* total;    // [row]
-  float* sum;      // [row][rank_pad]
-};
 
 struct Layout {
   int64_t rows, groups, chunks, splits, slots;
@@ -47,10 +36,9 @@ struct Attention {
   Layout l;
   int threads;
 
-  float* queries;    // [batch][groups * kGroup][stride]
-  float* partials;   // [batch][groups][slots][kGroup][2 + rank_pad]
-  uint8_t* kinds;    // [batch][tokens]
-  uint8_t* visible;  // [batch][tokens][chunks]
+  float* queries;            // [batch][groups * kGroup][stride]
+  float* partials;           // [batch][groups][slots][kGroup][2 + rank_pad]
+  QueryMasks<kChunk> masks;  // of queries b * tokens + s
   float* private_memory;
   int64_t private_size;
 
@@ -70,7 +58,9 @@ struct Attention {
 
     const int64_t queries_size = a.batch * l.groups * kGroup * l.stride;
     const int64_t partials_size = a.batch * l.groups * l.slots * kGroup * (2 + l.rank_pad);
-    const int64_t flags_size = round_up(a.batch * a.tokens * (1 + l.chunks), 64) / 4;
+    const Tensor4 mask{a.mask.data, a.mask.stride0, 0, a.mask.stride1};
+    masks = {mask, a.mask_kind, a.hidden, a.causal, 1, a.tokens, a.cached};
+    const int64_t flags_size = round_up(masks.flags_size(a.batch * a.tokens), 64) / 4;
     const int64_t value_pad = round_up(a.value, kPad);
     const int64_t block = kChunk * l.stride + kGroup * kChunk + kGroup * (2 + l.rank_pad) + kGroup + kChunk;
     const int64_t heads = kDotRows * (round_up(a.nope, kPad) + l.rank_pad + value_pad + 1);
@@ -79,8 +69,7 @@ struct Attention {
     queries = static_cast<float*>(scratch(static_cast<unsigned long>(floats) * sizeof(float)));
     partials = queries + queries_size;
     private_memory = partials + partials_size;
-    kinds = reinterpret_cast<uint8_t*>(private_memory + threads * private_size);
-    visible = kinds + a.batch * a.tokens;
+    masks.flags = reinterpret_cast<uint8_t*>(private_memory + threads * private_size);
     // rows that only fill up a tile: their results are not read, but should not be slow subnormals either
     for (int64_t b = 0; b < a.batch; ++b) {
       for (int64_t row = l.rows; row < round_up(l.rows, kSumRows); ++row) {
@@ -98,8 +87,6 @@ struct Attention {
   Partial partial_at(float* p) const { return {p + kGroup * l.rank_pad, p + kGroup * (l.rank_pad + 1), p}; }
 
   int64_t rows_of(int64_t group) const { return min(kGroup, l.rows - group * kGroup); }
-
-  int64_t keys_of(int64_t token) const { return a.causal ? min(a.cached, token + 1) : a.cached; }
 
   // queries of one head: absorbs w_uk, scales, appends the rotary part and the zero padding
   void make_queries(int64_t head, float* memory) const {
@@ -132,71 +119,6 @@ struct Attention {
       sum_rows<ROWS, kSumVecs, true>(nope + d, nope_pad, min(kWeightRows, a.nope - d), rows, a.w_uk.stride1, a.rank,
                                      d == 0 ? zero : one, out, kWeightRows * a.w_uk.stride1);
     }
-  }
-
-  // the largest mask value of n > 0 keys
-  template <class M>
-  static float largest(const M* p, int64_t n) {
-    Vec best = splat(-kInfinity);
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) best = max(load(p + i), best);
-    float m = max(best);
-    for (; i < n; ++i) m = max(to_float(p[i]), m);
-    return m;
-  }
-
-  static float largest(const uint8_t* p, int64_t n) {
-    uint8_t any = 0;
-    for (int64_t i = 0; i < n; ++i) any |= p[i];
-    return any ? 0.0f : -kInfinity;
-  }
-
-  // for query (b, s): the kind of its mask, and of each chunk whether it has a visible key
-  template <class M>
-  void scan_mask(int64_t b, int64_t s) const {
-    const M* mask = static_cast<const M*>(a.mask.data) + b * a.mask.stride0 + s * a.mask.stride1;
-    uint8_t* flags = visible + (b * a.tokens + s) * l.chunks;
-    const int64_t keys = keys_of(s);
-    float best = -kInfinity;
-    for (int64_t c = 0; c < l.chunks; ++c) {
-      const int64_t first = c * kChunk, n = min(kChunk, keys - first);
-      const float m = n > 0 ? largest(mask + first, n) : -kInfinity;
-      flags[c] = m > a.hidden ? 2 : m > -kInfinity;
-      best = max(m, best);
-    }
-    const uint8_t kind = best > a.hidden ? kNormal : best > -kInfinity ? kLiteral : kDead;
-    for (int64_t c = 0; c < l.chunks; ++c) flags[c] = kind == kNormal ? flags[c] == 2 : flags[c];
-    kinds[b * a.tokens + s] = kind;
-  }
-
-  void scan(int64_t b, int64_t s) const {
-    switch (a.mask_kind) {
-      case Mask::none: {
-        const int64_t keys = keys_of(s);
-        uint8_t* flags = visible + (b * a.tokens + s) * l.chunks;
-        for (int64_t c = 0; c < l.chunks; ++c) flags[c] = c * kChunk < keys;
-        kinds[b * a.tokens + s] = keys > 0 ? kNormal : kDead;
-        return;
-      }
-      case Mask::boolean: return scan_mask<uint8_t>(b, s);
-      case Mask::float32: return scan_mask<float>(b, s);
-      case Mask::bfloat16: return scan_mask<Bf16>(b, s);
-    }
-  }
-
-  // what is added to the scores of query (b, s) for keys first .. first + kChunk
-  void make_bias(int64_t b, int64_t s, int64_t first, float* bias) const {
-    const uint8_t kind = kinds[b * a.tokens + s];
-    const int64_t n = kind == kDead ? 0 : max(int64_t{0}, min(kChunk, keys_of(s) - first));
-    const int64_t at = b * a.mask.stride0 + s * a.mask.stride1 + first;
-    for (int64_t i = 0; i < n; ++i) {
-      float m = 0.0f;
-      if (a.mask_kind == Mask::boolean) m = static_cast<const uint8_t*>(a.mask.data)[at + i] ? 0.0f : -kInfinity;
-      if (a.mask_kind == Mask::float32) m = static_cast<const float*>(a.mask.data)[at + i];
-      if (a.mask_kind == Mask::bfloat16) m = to_float(static_cast<const Bf16*>(a.mask.data)[at + i]);
-      bias[i] = kind == kNormal && m <= a.hidden ? -kInfinity : m;
-    }
-    for (int64_t i = n; i < kChunk; ++i) bias[i] = -kInfinity;
   }
 
   static void widen_row(const T* from, int64_t n, float* to, int64_t padded) {
@@ -234,41 +156,9 @@ struct Attention {
   bool any_visible(int64_t b, int64_t group, int64_t chunk) const {
     const int64_t last = (group * kGroup + rows_of(group) - 1) / a.heads;
     for (int64_t s = group * kGroup / a.heads; s <= last; ++s) {
-      if (visible[(b * a.tokens + s) * l.chunks + chunk]) return true;
+      if (masks.sees(b * a.tokens + s, chunk)) return true;
     }
     return false;
-  }
-
-  // one row's scores of a chunk become weights, relative to the row's maximum so far; returns how much of
-  // its earlier sums to keep
-  static float soften(float* score, const float* bias, float* maximum, float* total) {
-    constexpr int count = kChunk / kLanes;
-    Vec v[count];
-    Vec best = splat(*maximum);
-    for (int j = 0; j < count; ++j) {
-      v[j] = load(score + j * kLanes);
-      if (bias) {
-        // a hidden key's score may be anything, behind the last key even memory that was never written
-        const Vec add = load(bias + j * kLanes);
-        v[j] = add == -kInfinity ? add : v[j] + add;
-      }
-      best = max(v[j], best);
-    }
-    const float m = max(best);
-    if (m == -kInfinity) {
-      for (int j = 0; j < count; ++j) store(score + j * kLanes, Vec{});
-      return 1.0f;
-    }
-    Vec sums = {};
-    for (int j = 0; j < count; ++j) {
-      v[j] = exp_nonpositive(v[j] - m);
-      sums += v[j];
-      store(score + j * kLanes, v[j]);
-    }
-    const float keep = exp_nonpositive(splat(*maximum - m))[0];
-    *total = *total * keep + sum(sums);
-    *maximum = m;
-    return keep;
   }
 
   void attend_chunk(int64_t b, int64_t group, int64_t chunk, int64_t next, Partial p, float* memory) const {
@@ -290,12 +180,12 @@ struct Attention {
       }
     }
 
-    const bool masked = a.mask_kind != Mask::none || a.causal || n < kChunk;
+    const bool masked = masks.any() || n < kChunk;
     int64_t token = -1;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t s = (group * kGroup + r) / a.heads;
-      if (masked && s != token) make_bias(b, token = s, first, bias);
-      keep[r] = soften(scores + r * kChunk, masked ? bias : nullptr, p.maximum + r, p.total + r);
+      if (masked && s != token) masks.make_bias(b * a.tokens + (token = s), first, bias);
+      keep[r] = soften<kChunk>(scores + r * kChunk, masked ? bias : nullptr, p.maximum + r, p.total + r);
     }
     for (int64_t r = rows; r < padded; ++r) keep[r] = 0.0f;
 
@@ -328,25 +218,6 @@ struct Attention {
     for (int i = 0; i < count; ++i) attend_chunk(b, group, chunks[i], chunks[i + 1], p, memory);
   }
 
-  // row `to` of p takes in row `from` of q
-  void merge_row(Partial p, int64_t to, Partial q, int64_t from) const {
-    if (q.maximum[from] == -kInfinity) return;
-    float* o = p.sum + to * l.rank_pad;
-    const float* x = q.sum + from * l.rank_pad;
-    if (p.maximum[to] == -kInfinity) {
-      p.maximum[to] = q.maximum[from];
-      p.total[to] = q.total[from];
-      for (int64_t i = 0; i < l.rank_pad; i += kLanes) store(o + i, load(x + i));
-      return;
-    }
-    const float m = max(p.maximum[to], q.maximum[from]);
-    const float keep = exp_nonpositive(splat(p.maximum[to] - m))[0];
-    const float add = exp_nonpositive(splat(q.maximum[from] - m))[0];
-    p.maximum[to] = m;
-    p.total[to] = p.total[to] * keep + q.total[from] * add;
-    for (int64_t i = 0; i < l.rank_pad; i += kLanes) store(o + i, madd(load(x + i), splat(add), load(o + i) * keep));
-  }
-
   void attend_all(int64_t b, int64_t group, float* memory) const {
     const Partial merged = partial(b, group, 0);
     const int64_t used = kChunk * l.stride + kGroup * kChunk + kGroup + kChunk;
@@ -354,7 +225,7 @@ struct Attention {
     clear(merged);
     for (int64_t split = 0; split < l.splits; ++split) {
       attend_split(b, group, split, one, memory);
-      for (int64_t r = 0; r < rows_of(group); ++r) merge_row(merged, r, one, r);
+      for (int64_t r = 0; r < rows_of(group); ++r) merge_row(merged, r, one, r, l.rank_pad);
     }
   }
 
@@ -376,7 +247,7 @@ struct Attention {
       const int64_t row = s * a.heads + head;
       float maximum = -kInfinity, total = 0.0f;
       const Partial p = {&maximum, &total, sums + i * l.rank_pad};
-      for (int64_t j = 0; j < l.slots; ++j) merge_row(p, 0, partial(b, row / kGroup, j), row % kGroup);
+      for (int64_t j = 0; j < l.slots; ++j) merge_row(p, 0, partial(b, row / kGroup, j), row % kGroup, l.rank_pad);
       const float factor = maximum == -kInfinity ? 0.0f : 1.0f / total;
       for (int64_t c = 0; c < l.rank_pad; c += kLanes) {
         store(p.sum + c, maximum == -kInfinity ? Vec{} : load(p.sum + c) * factor);
@@ -408,7 +279,7 @@ struct Attention {
         if (i < a.heads) {
           make_queries(i, memory);
         } else {
-          scan((i - a.heads) / a.tokens, (i - a.heads) % a.tokens);
+          masks.scan(i - a.heads);
         }
       });
       queries_and_masks.wait();

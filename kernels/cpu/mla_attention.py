@@ -14,7 +14,8 @@ from __future__ import annotations
 import torch
 
 from dsopt.capture import known
-from dsopt.kernels.cpu.native import CPU, DTYPES, _cpu, dense_rows, plan, require, spread
+from dsopt.kernels.cpu.masks import check_mask, native_mask
+from dsopt.kernels.cpu.native import CPU, DTYPES, _cpu, dense_rows, plan, require
 from dsopt.op import Kernel
 
 # The rate of ATen's expanded form beside this kernel's own, where the two were measured to take the same time
@@ -25,14 +26,6 @@ EXPANDED_RATE = 0.8
 EXPANDS_BFLOAT16 = "avx512_bf16" in _cpu.isas()
 
 _NDIMS = {"q_nope": 4, "q_rope": 4, "latent": 3, "k_rope": 3, "w_uk": 3, "w_uv": 3}
-
-_MASK_KINDS = {
-    torch.bool: _cpu.Mask.boolean,
-    torch.float32: _cpu.Mask.float32,
-    torch.bfloat16: _cpu.Mask.bfloat16,
-}
-_HIDDEN = -1e30  # a finite value at or below this is some dtype's lowest: it hides a key
-_NO_MASK = (0, (0, 0, 0)), _cpu.Mask.none, _HIDDEN
 
 
 def _shapes(q_nope, q_rope, latent, k_rope, w_uk, w_uv) -> tuple[tuple, ...]:
@@ -65,36 +58,6 @@ def _require(operands: tuple[torch.Tensor, ...]) -> None:
         require(name, x, shape, dtype)
 
 
-def _native_mask(
-    mask: torch.Tensor, batch: int, tokens: int, cached: int
-) -> tuple[torch.Tensor, tuple[int, ...], float]:
-    """The mask in a native dtype with dense rows, its strides as (batch, tokens, cached), and the hiding value.
-
-    Raises ValueError for a mask that does not broadcast to (batch, 1, tokens, cached), or of another kind.
-    """
-    wanted = (batch, 1, tokens, cached)
-    kind = mask.dtype == torch.bool or mask.dtype.is_floating_point
-    strides = spread(mask, wanted)
-    if not kind or not mask.is_cpu or strides is None:
-        raise ValueError(
-            f"mask must be bool or float and broadcast to {list(wanted)}, got {list(mask.shape)} of {mask.dtype}"
-        )
-    hidden = _HIDDEN
-    native = mask
-    if mask.dtype == torch.float16:
-        hidden = torch.finfo(torch.float16).min
-        native = mask.float()
-    elif mask.dtype == torch.float64:
-        # float64's lowest value would turn into -inf, which means something else
-        lowest = torch.finfo(torch.float32).min
-        native = torch.where(mask == float("-inf"), mask, mask.clamp(min=lowest)).float()
-    if cached > 1 and strides[3] != 1:
-        native = native.expand(wanted).contiguous()
-    if native is not mask:
-        strides = spread(native, wanted)
-    return native, (strides[0], strides[2], strides[3]), hidden
-
-
 def absorbed(
     q_nope: torch.Tensor,
     q_rope: torch.Tensor,
@@ -118,16 +81,13 @@ def absorbed(
     out = torch.empty(batch, tokens, heads, value, dtype=q_nope.dtype, device=CPU)
     if out.numel() == 0:
         return out
-    native_mask, mask_kind, hidden = _NO_MASK
-    if mask is not None:
-        mask, strides, hidden = _native_mask(mask, batch, tokens, cached)
-        native_mask, mask_kind = (mask.data_ptr(), strides), _MASK_KINDS[mask.dtype]
+    mask, strides, mask_kind, hidden = native_mask(mask, (batch, 1, tokens, cached))
     # what has no width has no rows either
     dense = [x if not x.shape[-1] or dense_rows(x) else x.contiguous() for x in operands]
     _cpu.mla_attention(
         (batch, heads, tokens, cached, rank, nope, rope, value),
         *[(x.data_ptr(), x.stride()) for x in dense],
-        native_mask,
+        (0 if mask is None else mask.data_ptr(), (strides[0], *strides[2:])),
         mask_kind,
         hidden,
         out.data_ptr(),
@@ -187,15 +147,7 @@ def _check(q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal=Fa
     for (name, x), wanted in zip(operands.items(), _shapes(*operands.values()), strict=True):
         if any(known(a != b) for a, b in zip(x.shape, wanted, strict=True)):
             return f"needs {name} of shape {list(wanted)}, got {list(x.shape)}"
-    if mask is None:
-        return None
-    if mask.device != q_nope.device:
-        return f"needs a mask on {q_nope.device}, got {mask.device}"
-    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
-        return f"needs a bool or float mask, got {mask.dtype}"
-    if mask.ndim >= 3 and mask.shape[-3] != 1:
-        return "needs one mask for all heads"
-    return None
+    return check_mask(mask, q_nope, 1)
 
 
 KERNELS = (
