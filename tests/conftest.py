@@ -33,3 +33,11 @@ def no_graph_cache():
 def fresh_dynamo():
     """Compiled code of one test does not count against another's recompile limit."""
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def threads():
+    """`torch.set_num_threads`, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

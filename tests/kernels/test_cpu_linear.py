@@ -25,13 +25,6 @@ def isa(request):
     _cpu.set_isa()
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def experts_case(dtype, tokens, experts=9, topk=3, hidden=70, inner=50, seed=0):
     r = rand(CPU, dtype, seed)
     ids = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(seed)).argsort(-1)[:, :topk]

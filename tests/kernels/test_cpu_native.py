@@ -32,13 +32,6 @@ def isa(request):
 
 
 @pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
 def poisoned():
     """Results start as NaN, so that an element nobody wrote is seen."""
     with testing.poisoned():

@@ -19,13 +19,6 @@ dots, mla_attention, moe_experts, multi_linear, rms_norm, runtime = (
 BFLOAT16 = torch.bfloat16
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @numba.njit
 def store_all(x, out):
     for i in range(x.size):
