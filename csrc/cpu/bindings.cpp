@@ -50,22 +50,27 @@ void register_mla_attention(py::module_& m) {
       .value("boolean", Mask::boolean)
       .value("float32", Mask::float32)
       .value("bfloat16", Mask::bfloat16);
-  m.def(
-      "mla_attention",
-      [](const std::array<int64_t, 8>& sizes, const Stack4& q_nope, const Stack4& q_rope, const Stack3& latent,
-         const Stack3& k_rope, const Stack3& w_uk, const Stack3& w_uv, const Stack3& mask, Mask mask_kind,
-         float hidden, uintptr_t out, float scale, bool causal, bool bfloat16) {
-        const auto [batch, heads, tokens, cached, rank, nope, rope, value] = sizes;
-        const MlaAttention args{batch, heads, tokens, cached, rank, nope, rope, value,
-                                tensor(q_nope), tensor(q_rope), tensor(latent), tensor(k_rope), tensor(w_uk),
-                                tensor(w_uv), tensor(mask), writable(out), scale, hidden, mask_kind,
-                                bfloat16 ? Dtype::bfloat16 : Dtype::float32, causal};
-        active_isa();
-        py::gil_scoped_release nogil;
-        mla_attention(args);
-        trim_scratch();
-      },
-      "Absorbed latent attention. sizes: batch, heads, tokens, cached, rank, nope, rope, value.");
+  const auto define = [&](const char* name, void (*kernel)(const MlaAttention&), const char* doc) {
+    m.def(
+        name,
+        [kernel](const std::array<int64_t, 8>& sizes, const Stack4& q_nope, const Stack4& q_rope, const Stack3& latent,
+                 const Stack3& k_rope, const Stack3& w_uk, const Stack3& w_uv, const Stack3& mask, Mask mask_kind,
+                 float hidden, uintptr_t out, float scale, bool causal, bool bfloat16) {
+          const auto [batch, heads, tokens, cached, rank, nope, rope, value] = sizes;
+          const MlaAttention args{batch, heads, tokens, cached, rank, nope, rope, value,
+                                  tensor(q_nope), tensor(q_rope), tensor(latent), tensor(k_rope), tensor(w_uk),
+                                  tensor(w_uv), tensor(mask), writable(out), scale, hidden, mask_kind,
+                                  bfloat16 ? Dtype::bfloat16 : Dtype::float32, causal};
+          active_isa();
+          py::gil_scoped_release nogil;
+          kernel(args);
+          trim_scratch();
+        },
+        doc);
+  };
+  define("mla_attention", &mla_attention,
+         "Absorbed latent attention. sizes: batch, heads, tokens, cached, rank, nope, rope, value.");
+  define("mla_prefill", &mla_prefill, "Expanded latent attention; arguments as of mla_attention.");
 }
 
 // address, stride of the first and of the second dimension

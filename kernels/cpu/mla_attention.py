@@ -1,12 +1,15 @@
-"""Latent attention on the CPU: native and absorbed for few new tokens, expanded for many.
+"""Latent attention on the CPU: absorbed for few new tokens, expanded for many; both native.
 
 Absorbed, a query of each head meets the latent cache as it is:
 
     q' = q_nope @ w_uk
     out = (softmax(scale * (q' @ latent^T + q_rope @ k_rope^T) + mask) @ latent) @ w_uv^T
 
-in float32 whatever the dtype (float32 or bfloat16), in fixed splits of 512 keys; chunks of 64 keys that a
-mask hides from all queries are not read, so time follows the visible part of a static cache.
+in fixed splits of 512 keys. Expanded, keys and values of one head are made from 256 cached tokens at a time and meet
+all queries before the next are made, so that neither a matrix of scores nor the expanded cache ever exists.
+
+Both compute in float32 whatever the dtype (float32 or bfloat16). Chunks of 64 keys that a mask hides from all
+queries are not read, so time follows the visible part of a static cache.
 """
 
 from __future__ import annotations
@@ -18,12 +21,10 @@ from dsopt.kernels.cpu.masks import check_mask, native_mask
 from dsopt.kernels.cpu.native import CPU, DTYPES, _cpu, dense_rows, plan, require
 from dsopt.op import Kernel
 
-# The rate of ATen's expanded form beside this kernel's own, where the two were measured to take the same time
-# (16 heads of V2-Lite's widths: 190 new tokens at 1024 cached, 230 at 4096); see `prefers_expanded`.
-EXPANDED_RATE = 0.8
-
-# without instructions for it ATen multiplies bfloat16 at an eighth of its float32 rate
-EXPANDS_BFLOAT16 = "avx512_bf16" in _cpu.isas()
+# From so many new tokens on the expanded form keeps its tiles full, and the absorbed form's multiply-adds take this
+# much longer than its own (16 heads of V2-Lite's widths, 0 to 4096 cached before).
+MANY = 24
+ABSORBED_COST = 1.15
 
 _NDIMS = {"q_nope": 4, "q_rope": 4, "latent": 3, "k_rope": 3, "w_uk": 3, "w_uv": 3}
 
@@ -58,21 +59,7 @@ def _require(operands: tuple[torch.Tensor, ...]) -> None:
         require(name, x, shape, dtype)
 
 
-def absorbed(
-    q_nope: torch.Tensor,
-    q_rope: torch.Tensor,
-    latent: torch.Tensor,
-    k_rope: torch.Tensor,
-    w_uk: torch.Tensor,
-    w_uv: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
-    is_causal: bool = False,
-) -> torch.Tensor:
-    """The native kernel for any number of tokens; arguments and result as in `mla_attention_reference`.
-
-    Raises ValueError, naming the argument, for operands whose shapes or dtypes do not belong together.
-    """
+def _run(native, q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal) -> torch.Tensor:
     operands = (q_nope, q_rope, latent, k_rope, w_uk, w_uv)
     _require(operands)
     batch, heads, tokens, nope = q_nope.shape
@@ -84,7 +71,7 @@ def absorbed(
     mask, strides, mask_kind, hidden = native_mask(mask, (batch, 1, tokens, cached))
     # what has no width has no rows either
     dense = [x if not x.shape[-1] or dense_rows(x) else x.contiguous() for x in operands]
-    _cpu.mla_attention(
+    native(
         (batch, heads, tokens, cached, rank, nope, rope, value),
         *[(x.data_ptr(), x.stride()) for x in dense],
         (0 if mask is None else mask.data_ptr(), (strides[0], *strides[2:])),
@@ -98,25 +85,49 @@ def absorbed(
     return out
 
 
-def prefers_expanded(tokens: int, rank: int, nope: int, value: int) -> bool:
+def absorbed(
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    w_uk: torch.Tensor,
+    w_uv: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    """The cache as it is, for any number of tokens; arguments and result as in `mla_attention_reference`.
+
+    Raises ValueError, naming the argument, for operands whose shapes or dtypes do not belong together.
+    """
+    return _run(_cpu.mla_attention, q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal)
+
+
+def expanded(
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    w_uk: torch.Tensor,
+    w_uv: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    """Keys and values of a block of the cache at a time, for any number of tokens; otherwise as `absorbed`."""
+    return _run(_cpu.mla_prefill, q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal)
+
+
+def prefers_expanded(tokens: int, cached: int, rank: int, rope: int, nope: int, value: int) -> bool:
     """Whether expanding the cache costs less time than attending to it absorbed.
 
-    For each head and cached token, expanding costs rank * (nope + value) multiply-adds once, and saves
-    2 * rank - nope - value for each new token.
+    For each head, expanding costs rank * (nope + value) multiply-adds a cached token and then nope + rope + value for
+    each pair of tokens; absorbing costs the former for each new token, and 2 * rank + rope for each pair.
     """
-    saved = 2 * rank - nope - value
-    return saved > 0 and tokens * saved * EXPANDED_RATE > rank * (nope + value)
-
-
-def _expanded(*args) -> torch.Tensor:
-    # imported late: the kernel is of use without that variant
-    from dsopt.kernels.torch.mla_attention import expanded
-
-    dtype = args[0].dtype
-    if dtype == torch.float32 or EXPANDS_BFLOAT16:
-        return expanded(*args)
-    wide = [x.float() if isinstance(x, torch.Tensor) and x.dtype == dtype else x for x in args]
-    return expanded(*wide).to(dtype)
+    once, pairs = rank * (nope + value), tokens * cached
+    expanding = cached * once + pairs * (nope + rope + value)
+    absorbing = tokens * once + pairs * (2 * rank + rope)
+    return tokens >= MANY and expanding < absorbing * ABSORBED_COST
 
 
 def _mla_attention(
@@ -130,8 +141,13 @@ def _mla_attention(
     scale: float,
     is_causal: bool = False,
 ) -> torch.Tensor:
-    many = prefers_expanded(q_nope.shape[2], latent.shape[2], w_uk.shape[1], w_uv.shape[1])
-    variant = _expanded if many else absorbed
+    (tokens, nope), (cached, rank), rope, value = (
+        q_nope.shape[2:],
+        latent.shape[1:],
+        q_rope.shape[3],
+        w_uv.shape[1],
+    )
+    variant = expanded if prefers_expanded(tokens, cached, rank, rope, nope, value) else absorbed
     return variant(q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal)
 
 

@@ -11,11 +11,9 @@ import torch
 from dsopt import _cpu, testing
 from dsopt.capture import flat
 from dsopt.kernels.cpu import add_rms_norm as add_rms_norm_kernel
-from dsopt.kernels.cpu import mla_attention as mla_kernel
 from dsopt.kernels.cpu import rms_norm as rms_norm_kernel
 from dsopt.op import explain, kernels, select
 from dsopt.ops import OPS
-from dsopt.ops.attention import mla_attention
 from dsopt.ops.norm import add_rms_norm, rms_norm
 from dsopt.testing import rand, truth
 
@@ -47,14 +45,6 @@ def assert_right(op, fn, args, tolerance=None):
     assert op.error(args, got, want) <= (tolerance or op.tolerance[args[0].dtype])
 
 
-def attention_case(dtype, batch=1, heads=4, new=1, cached=40, nope=16, rope=8, rank=32, value=24, seed=0):
-    r = rand(CPU, dtype, seed)
-    q = r(batch, heads, new, nope + rope)
-    kv_b = r(heads, nope + value, rank) * rank**-0.5
-    keys = r(batch, cached, rank), r(batch, cached, rope)
-    return (q[..., :nope], q[..., nope:], *keys, kv_b[:, :nope], kv_b[:, nope:])
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", RUN, ids=lambda op: op.name)
 def test_samples(op, dtype, isa, poisoned):
@@ -68,25 +58,6 @@ def test_samples(op, dtype, isa, poisoned):
         else:
             assert "dense" in reason, reason
     assert taken
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_attention_sizes(dtype, isa, poisoned):
-    """Heads, tokens, keys and widths around the kernel's own block sizes."""
-    sizes = [
-        {"heads": 1, "cached": 1, "nope": 1, "rope": 2, "rank": 1, "value": 1},
-        {"batch": 2, "new": 2, "cached": 0},
-        {"heads": 3, "new": 2, "cached": 63, "nope": 9, "rope": 6, "rank": 19, "value": 5},
-        {"heads": 5, "new": 16, "cached": 65, "rank": 17},
-        {"heads": 33, "new": 1, "cached": 513, "rank": 16, "rope": 16},
-        {"batch": 3, "heads": 16, "new": 5, "cached": 1030, "rank": 48, "rope": 4},
-        {"batch": 9, "heads": 6, "new": 1, "cached": 130, "rank": 33},
-        {"heads": 16, "new": 3, "cached": 70, "nope": 128, "rope": 64, "rank": 512, "value": 128},
-    ]
-    for i, size in enumerate(sizes):
-        args = attention_case(dtype, **size, seed=i)
-        assert_right(mla_attention, mla_kernel.absorbed, (*args, None, 0.2))
-        assert_right(mla_attention, mla_kernel.absorbed, (*args, None, 0.2, True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -107,91 +78,16 @@ def test_unaligned_data(isa):
     assert_right(rms_norm, rms_norm_kernel.KERNELS[0].plan(x, None, 1e-6), (x, None, 1e-6))
 
 
-@pytest.mark.parametrize("mask_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_additive_mask(mask_dtype, isa):
-    """The lowest finite value hides a key, unless a query has nothing else; -inf always hides."""
-    args = attention_case(torch.float32, batch=2, new=4, cached=700)
-    low = torch.finfo(mask_dtype).min
-    mask = rand(CPU, torch.float32)(2, 1, 4, 700).to(mask_dtype)
-    mask[0, 0, 0, 100:] = low
-    mask[0, 0, 1, :650] = float("-inf")
-    mask[0, 0, 2] = low
-    mask[0, 0, 3] = float("-inf")
-    mask[1, 0, :, :600] = low
-    mask[1, 0, 2, 600:] = float("-inf")
-    # float32 holds a score beside float16's lowest value to 8 bits behind the point
-    tolerance = 1e-2 if mask_dtype == torch.float16 else None
-    assert_right(mla_attention, mla_kernel.absorbed, (*args, mask, 0.2), tolerance)
-    assert mla_kernel.absorbed(*args, mask, 0.2)[0, 3].eq(0).all()
-
-
-def test_broadcast_masks(isa):
-    args = attention_case(torch.float32, batch=2, new=3, cached=150)
-    every_key = torch.tensor([True, False, True]).view(1, 1, 3, 1)
-    one_query = torch.rand(150, generator=torch.Generator().manual_seed(0)) > 0.5
-    for mask in (
-        every_key,
-        one_query,
-        one_query[None, None, None],
-        one_query.expand(2, 1, 3, 150),
-        ~every_key[:, 0],
-    ):
-        assert_right(mla_attention, mla_kernel.absorbed, (*args, mask, 0.2))
-        assert_right(mla_attention, mla_kernel.absorbed, (*args, mask, 0.2, True))
-
-
-def test_hidden_keys_are_not_read(isa):
-    """Chunks without a visible key may hold anything: what a static cache was allocated with, even NaN."""
-    args = attention_case(torch.float32, cached=2000)
-    valid = torch.arange(2000) < 128
-    want = mla_kernel.absorbed(*args, valid, 0.2)
-    args[2][:, 128:] = float("nan")
-    assert torch.equal(mla_kernel.absorbed(*args, valid, 0.2), want)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_same_bits_for_any_threads_batch_and_buffer(dtype, isa, threads):
+def test_norms_of_rows_in_any_batch(dtype, isa):
     """A row's answer depends on nothing but the row."""
-    for heads, new, cached in ((16, 1, 1500), (5, 3, 700), (40, 2, 1100)):
-        args = attention_case(dtype, batch=7, heads=heads, new=new, cached=cached, rank=64)
-        threads(1)
-        one = mla_kernel.absorbed(*args, None, 0.2)
-        alone = [
-            mla_kernel.absorbed(*[x[i : i + 1] for x in args[:4]], *args[4:], None, 0.2) for i in range(7)
-        ]
-        threads(2)
-        assert torch.equal(one, mla_kernel.absorbed(*args, None, 0.2))
-        assert torch.equal(one[2:3], mla_kernel.absorbed(*[x[2:3] for x in args[:4]], *args[4:], None, 0.2))
-        assert torch.equal(one, torch.cat(alone))
-        # the same keys at the start of a longer buffer
-        longer = [torch.cat((x, x), 1) for x in args[2:4]]
-        valid = torch.arange(2 * cached) < cached
-        assert torch.equal(one, mla_kernel.absorbed(*args[:2], *longer, *args[4:], valid, 0.2))
     x = rand(CPU, dtype)(40, 4097)
     norm = rms_norm_kernel.KERNELS[0].plan(x, None, 1e-6)
     assert torch.equal(norm(x, None, 1e-6), torch.cat([norm(row[None], None, 1e-6) for row in x]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_many_tokens_are_expanded(dtype, monkeypatch):
-    from dsopt.kernels.torch import mla_attention as torch_kernel
-
-    calls = []
-    expanded = torch_kernel.expanded
-    monkeypatch.setattr(torch_kernel, "expanded", lambda *args: calls.append(1) or expanded(*args))
-    sizes = {"heads": 2, "nope": 32, "rope": 8, "rank": 64, "value": 32}
-    for new, expected in ((1, 0), (16, 0), (600, 1)):
-        args = (*attention_case(dtype, new=new, cached=600, **sizes), None, 0.2, True)
-        assert_right(mla_attention, mla_kernel.KERNELS[0].plan(*args), args)
-        assert len(calls) == expected
-
-
 def test_refusals():
-    args = attention_case(torch.float32)
     weight = torch.ones(4)
-    assert "one dtype" in mla_kernel.KERNELS[0].refuses((*args[:5], args[5].bfloat16(), None, 1.0))
-    assert "one mask for all heads" in mla_kernel.KERNELS[0].refuses((*args, torch.zeros(1, 4, 1, 40), 1.0))
-    assert "bool or float" in mla_kernel.KERNELS[0].refuses((*args, torch.zeros(40, dtype=torch.int64), 1.0))
     assert "needs dtype" in rms_norm_kernel.KERNELS[0].refuses((weight.half(), weight.half(), 1e-6))
     assert "x's dtype" in rms_norm_kernel.KERNELS[0].refuses((weight.bfloat16(), weight, 1e-6))
     assert select(rms_norm, (weight, weight, 1e-6)).kernel is rms_norm_kernel.KERNELS[0]
@@ -217,21 +113,6 @@ def test_norms_of_operands_that_do_not_belong_together():
             kernel.plan(*args)(*args)
     with pytest.raises(ValueError, match="float64"):
         norm.plan(x, w, 1e-6)(x.double(), None, 1e-6)
-
-
-def test_attention_of_operands_that_do_not_belong_together():
-    args, kernel = attention_case(torch.float32, batch=2, new=3), mla_kernel.KERNELS[0]
-    for i, name in enumerate(("q_nope", "q_rope", "latent", "k_rope", "w_uk", "w_uv")):
-        bad = [args[i][0], args[i].bfloat16(), args[i][:1]]
-        bad += [args[i][:, :1]] if name != "w_uv" else []  # values may be of any width
-        for x in bad:
-            changed = (*args[:i], x, *args[i + 1 :], None, 0.2)
-            assert kernel.refuses(mla_attention.bind(changed)) is not None, (name, x.shape, x.dtype)
-            with pytest.raises(ValueError, match=r"^(q_nope|q_rope|latent|k_rope|w_uk|w_uv) must "):
-                mla_kernel.absorbed(*changed)
-    for mask in (torch.zeros(41), torch.zeros(2, 4, 3, 40), torch.zeros(40, dtype=torch.int64)):
-        with pytest.raises(ValueError, match="mask"):
-            mla_kernel.absorbed(*args, mask, 0.2)
 
 
 @pytest.mark.parametrize("name", ["avx1024", "AVX2", "neon"])

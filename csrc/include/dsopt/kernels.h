@@ -34,7 +34,7 @@ struct Tensor4 {
   int64_t stride0, stride1, stride2;
 };
 
-// Absorbed latent attention; shapes and meaning as dsopt.ops.attention.mla_attention_reference
+// Latent attention, absorbed or expanded; shapes and meaning as dsopt.ops.attention.mla_attention_reference
 struct MlaAttention {
   int64_t batch, heads, tokens, cached, rank, nope, rope, value;
   Tensor4 q_nope, q_rope;  // batch, heads, tokens, nope | rope
@@ -124,6 +124,7 @@ struct Rope {
 
 DSOPT_KERNEL(rms_norm, RmsNorm)
 DSOPT_KERNEL(mla_attention, MlaAttention)
+DSOPT_KERNEL(mla_prefill, MlaAttention)
 DSOPT_KERNEL(moe_experts, MoeExperts)
 DSOPT_KERNEL(multi_linear, MultiLinear)
 DSOPT_KERNEL(moe_route, MoeRoute)

@@ -13,6 +13,13 @@ enum : uint8_t {
   kLiteral,  // no value above `hidden`: only -infinity hides, the rest is added as it is
 };
 
+// what it says of a chunk of them
+enum : uint8_t {
+  kHidden,  // hides all
+  kSome,    // make_bias tells
+  kPlain,   // hides none and adds nothing
+};
+
 // Masks of the queries (b, h, s), numbered (b * heads + h) * tokens + s, over keys in chunks of CHUNK
 template <int64_t CHUNK>
 struct QueryMasks {
@@ -28,7 +35,8 @@ struct QueryMasks {
 
   uint8_t* flags_of(int64_t query) const { return flags + query * (1 + chunks()); }
   uint8_t kind_of(int64_t query) const { return *flags_of(query); }
-  bool sees(int64_t query, int64_t chunk) const { return flags_of(query)[1 + chunk]; }
+  uint8_t chunk_of(int64_t query, int64_t chunk) const { return flags_of(query)[1 + chunk]; }
+  bool sees(int64_t query, int64_t chunk) const { return chunk_of(query, chunk) != kHidden; }
 
   // whether scores need anything added at all, but for what lies behind the last key
   bool any() const { return kind != Mask::none || causal; }
@@ -41,31 +49,52 @@ struct QueryMasks {
     return static_cast<const M*>(mask.data) + b * mask.stride0 + h * mask.stride1 + s * mask.stride2;
   }
 
-  // the largest mask value of n > 0 keys
+  struct Range {
+    float largest;
+    bool plain;  // none is hidden, and nothing to be added
+  };
+
+  // of n > 0 keys
   template <class M>
-  static float largest(const M* p, int64_t n) {
+  static Range range(const M* p, int64_t n) {
     Vec best = splat(-kInfinity);
+    VecI other = {};
     int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) best = max(load(p + i), best);
+    for (; i + kLanes <= n; i += kLanes) {
+      const Vec v = load(p + i);
+      best = max(v, best);
+      other |= v != Vec{};
+    }
     float m = max(best);
-    for (; i < n; ++i) m = max(to_float(p[i]), m);
-    return m;
+    int32_t any = 0;
+    for (int lane = 0; lane < kLanes; ++lane) any |= other[lane];
+    for (; i < n; ++i) {
+      m = max(to_float(p[i]), m);
+      any |= to_float(p[i]) != 0.0f;
+    }
+    return {m, any == 0};
   }
 
-  static float largest(const uint8_t* p, int64_t n) {
-    uint8_t any = 0;
-    for (int64_t i = 0; i < n; ++i) any |= p[i];
-    return any ? 0.0f : -kInfinity;
+  static Range range(const uint8_t* p, int64_t n) {
+    uint8_t any = 0, all = 1;
+    for (int64_t i = 0; i < n; ++i) {
+      any |= p[i];
+      all &= p[i] != 0;
+    }
+    return {any ? 0.0f : -kInfinity, all != 0};
   }
 
-  // finds the kind of a query's mask, and of each chunk whether it has a visible key
+  // finds the kind of a query's mask and that of each chunk
   void scan(int64_t query) const {
     switch (kind) {
       case Mask::none: {
         const int64_t keys = keys_of(query);
         uint8_t* visible = flags_of(query);
         *visible++ = keys > 0 ? kNormal : kDead;
-        for (int64_t c = 0; c < chunks(); ++c) visible[c] = c * CHUNK < keys;
+        for (int64_t c = 0; c < chunks(); ++c) {
+          const int64_t n = keys - c * CHUNK;
+          visible[c] = n <= 0 ? kHidden : n < CHUNK ? kSome : kPlain;
+        }
         return;
       }
       case Mask::boolean: return scan_values<uint8_t>(query);
@@ -80,14 +109,17 @@ struct QueryMasks {
     uint8_t* visible = flags_of(query) + 1;
     const int64_t keys = keys_of(query);
     float best = -kInfinity;
+    constexpr uint8_t low = 0xff;  // visible only where nothing else is
     for (int64_t c = 0; c < chunks(); ++c) {
       const int64_t first = c * CHUNK, n = min(CHUNK, keys - first);
-      const float m = n > 0 ? largest(p + first, n) : -kInfinity;
-      visible[c] = m > hidden ? 2 : m > -kInfinity;
-      best = max(m, best);
+      const Range r = n > 0 ? range(p + first, n) : Range{-kInfinity, false};
+      visible[c] = r.largest > hidden ? (r.plain && n == CHUNK ? kPlain : kSome) : r.largest > -kInfinity ? low : kHidden;
+      best = max(r.largest, best);
     }
     const uint8_t found = best > hidden ? kNormal : best > -kInfinity ? kLiteral : kDead;
-    for (int64_t c = 0; c < chunks(); ++c) visible[c] = found == kNormal ? visible[c] == 2 : visible[c];
+    for (int64_t c = 0; c < chunks(); ++c) {
+      if (visible[c] == low) visible[c] = found == kLiteral ? kSome : kHidden;
+    }
     *flags_of(query) = found;
   }
 
@@ -95,14 +127,28 @@ struct QueryMasks {
   void make_bias(int64_t query, int64_t first, float* bias) const {
     const uint8_t found = kind_of(query);
     const int64_t n = found == kDead ? 0 : max(int64_t{0}, min(CHUNK, keys_of(query) - first));
-    for (int64_t i = 0; i < n; ++i) {
-      float m = 0.0f;
-      if (kind == Mask::boolean) m = values<uint8_t>(query)[first + i] ? 0.0f : -kInfinity;
-      if (kind == Mask::float32) m = values<float>(query)[first + i];
-      if (kind == Mask::bfloat16) m = to_float(values<Bf16>(query)[first + i]);
-      bias[i] = found == kNormal && m <= hidden ? -kInfinity : m;
+    const float lowest = found == kNormal ? hidden : -kInfinity;
+    switch (kind) {
+      case Mask::none:
+        for (int64_t i = 0; i < n; ++i) bias[i] = 0.0f;
+        break;
+      case Mask::boolean: {
+        const uint8_t* p = values<uint8_t>(query) + first;
+        for (int64_t i = 0; i < n; ++i) bias[i] = p[i] ? 0.0f : -kInfinity;
+        break;
+      }
+      case Mask::float32: copy_bias(values<float>(query) + first, n, lowest, bias); break;
+      case Mask::bfloat16: copy_bias(values<Bf16>(query) + first, n, lowest, bias); break;
     }
     for (int64_t i = n; i < CHUNK; ++i) bias[i] = -kInfinity;
+  }
+
+  template <class M>
+  static void copy_bias(const M* p, int64_t n, float lowest, float* bias) {
+    for (int64_t i = 0; i < n; ++i) {
+      const float m = to_float(p[i]);
+      bias[i] = m <= lowest ? -kInfinity : m;
+    }
   }
 };
 
