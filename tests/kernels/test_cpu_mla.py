@@ -22,13 +22,6 @@ def isa(request):
     _cpu.set_isa()
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def case(dtype, batch=1, heads=4, new=1, cached=40, nope=16, rope=8, rank=32, value=24, seed=0):
     r = rand(CPU, dtype, seed)
     q = r(batch, heads, new, nope + rope)
