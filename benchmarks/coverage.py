@@ -71,7 +71,7 @@ def compiled(model: Any, ids: torch.Tensor) -> tuple[list[torch.Tensor], dict[st
     got = outputs(fast, ids)
     report = dsopt.report()
     misses = Counter(
-        (log.family or log.name, _without_names(miss["reason"]))
+        (miss.get("family", log.family) or log.name, _without_names(miss["reason"]))
         for graph in report.graphs
         for log in graph.passes
         for miss in log.misses

@@ -1,15 +1,16 @@
 """How many sites of each family a captured graph holds, counted without the passes.
 
 The report sets these totals against what the passes matched, so that a miss cannot hide. Everything here
-reads the graph as captured, before any pass, and no matcher decides by it: `is_expanded_latent` and `is_norm` only
-tell absorb_mla and fuse_rms_norm whether what they leave alone is worth a line in the report.
+reads the graph as captured, before any pass, and no matcher decides by it: `is_expanded_latent`, `attention_family`
+and `is_norm` only tell passes what their lines in the report are about.
 
-    mla      attention whose keys are expanded from a low-rank latent
-    moe      expert layers: grouped GEMMs, batched ones with gathered weights, or one op already
-    router   top-k choices of a linear layer's outputs, with softmax, sigmoid or softplus scores above or below
-    norm     reciprocal roots of a mean of squares
-    rope     rotations by a table of cosines and sines
-    mlp      linear layers over silu(a) * b or gelu(a) * b, a and b themselves projected
+    mla        attention whose keys are expanded from a low-rank latent
+    attention  any other: fused calls, and softmax between a product with keys and one with values
+    moe        expert layers: grouped GEMMs, batched ones with gathered weights, or one op already
+    router     top-k choices of a linear layer's outputs, with softmax, sigmoid or softplus scores above or below
+    norm       reciprocal roots of a mean of squares
+    rope       rotations by a table of cosines and sines
+    mlp        linear layers over silu(a) * b or gelu(a) * b, a and b themselves projected
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.fx import GraphModule, Node
 from dsopt.capture import known
 
 aten = torch.ops.aten
-FAMILIES = ("mla", "moe", "router", "norm", "rope", "mlp")
+FAMILIES = ("mla", "attention", "moe", "router", "norm", "rope", "mlp")
 
 
 def census(gm: GraphModule) -> dict[str, int]:
@@ -36,8 +37,10 @@ def census_sites(gm: GraphModule) -> dict[str, list[Node]]:
     nodes = [n for n in gm.graph.nodes if n.op == "call_function"]
     scores = [s for n in nodes if _name(n) == "topk" for s in _router_scores(n)]
     turned = [r for n in nodes for r in (*_rotations(n), *_half_rotations(n))]
+    attentions = [(attention_family(n), n) for n in nodes]
     return {
-        "mla": [n for n in nodes if any(map(is_expanded_latent, _attention_keys(n))) or _is_absorbed(n)],
+        "mla": [n for family, n in attentions if family == "mla"],
+        "attention": [n for family, n in attentions if family == "attention"],
         "moe": [n for n in nodes if _is_first_expert_gemm(n) or _name(n) == "moe_experts"],
         "router": list(dict.fromkeys(scores)),
         "norm": [n for n in nodes if is_norm(n)],
@@ -112,6 +115,20 @@ def _attention_keys(node: Node) -> Iterator[Node]:
                 operands = n.args[1] if _name(n) == "einsum" else n.args
                 yield operands[1]
                 return
+
+
+def attention_family(node: Node) -> str | None:
+    """The family of the attention that a fused call or a softmax is; None if it is none."""
+    if _name(node) == "attention":
+        return "attention"
+    keys = list(_attention_keys(node))
+    if any(map(is_expanded_latent, keys)) or _is_absorbed(node):
+        return "mla"
+    if _name(node) in ("softmax", "_softmax"):
+        keys = [
+            k for k in keys if k.meta["val"].ndim > 2 and any(_name(n) in _PRODUCTS for n in _readers(node))
+        ]
+    return "attention" if keys else None
 
 
 def is_expanded_latent(key: Node) -> bool:

@@ -145,7 +145,7 @@ def _unfused(graph: GraphReport) -> Iterator[Line]:
         for hit in hits:
             if hit["family"] == family and (i := _nearest(_path(hit["site"]), paths)) is not None:
                 del paths[i]
-        ours = [(log, miss) for log, miss in misses if log.family == family]
+        ours = [(log, miss) for log, miss in misses if miss.get("family", log.family) == family]
         for path in paths:
             reason = "no pass recognised it"
             if (i := _nearest(path, [_path(miss["site"]) for _, miss in ours])) is not None:
@@ -155,7 +155,8 @@ def _unfused(graph: GraphReport) -> Iterator[Line]:
                     misses.remove(ours.pop(i))
             yield Line(path, family, "", "", reason)
     for log, miss in misses:
-        yield Line(_path(miss["site"]), log.family or "", "", "", f"{log.name}: {miss['reason']}")
+        family = miss.get("family", log.family) or ""
+        yield Line(_path(miss["site"]), family, "", "", f"{log.name}: {miss['reason']}")
 
 
 def _nearest(path: str, candidates: Sequence[str]) -> int | None:

@@ -26,6 +26,7 @@ PIPELINE = (
     "batch_experts",
     "fold_shared_experts",
     "absorb_mla",
+    "fuse_attention",
     "merge_linears",
     "canonicalize",
     "share_repeats",

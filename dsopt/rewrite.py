@@ -68,7 +68,8 @@ class OutOfFuel(Exception):
 class Log:
     """What one pass did: `hit` before each rewrite, `miss` for each near miss and why it stayed.
 
-    hits: {"family", "site"} of each rewrite of a site family (`mla`, `norm`, ...); misses: {"site", "reason"}.
+    hits: {"family", "site"} of each rewrite of a site family (`mla`, `norm`, ...); misses: {"site", "reason"}, and
+        {"family"} where it is another than `family`.
     family: what the pass's misses are about, its module's `FAMILY`. order knows the graph's writes; a log that was
         read from the cache has none, for its pass is done.
     """
@@ -108,8 +109,10 @@ class Log:
         write = self.order.moved(nodes, at)
         return None if write is None else f"{write.name} writes between the reads that would become one"
 
-    def miss(self, node: Node, reason: str) -> None:
-        self.misses.append({"site": site(node), "reason": reason})
+    def miss(self, node: Node, reason: str, family: str | None = None) -> None:
+        """Counts a near miss. family: what it is about, if not what the pass's misses are about."""
+        given = {} if family in (None, self.family) else {"family": family}
+        self.misses.append({"site": site(node), "reason": reason, **given})
 
 
 class Emitter:

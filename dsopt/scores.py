@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Node
 
-from dsopt.rewrite import Emitter, aten, is_float_cast, is_op, is_tensor, val
+from dsopt.capture import known
+from dsopt.rewrite import Emitter, aten, is_float_cast, is_op, is_tensor, shape, val
 
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
 _POINTWISE = (aten.to.dtype, aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor)
@@ -137,3 +138,17 @@ def is_as_wide(node: Node, dtype: torch.dtype) -> bool:
         return False
     old, new = val(node.args[0]).dtype, val(node).dtype
     return new in (torch.promote_types(old, new), torch.promote_types(new, dtype))
+
+
+def unrepeated_mask(mask: Node | None) -> Node | None:
+    """The mask before it was repeated for every head."""
+    while (
+        mask is not None
+        and is_op(mask, aten.expand.default)
+        and val(mask).ndim == val(mask.args[0]).ndim == 4
+    ):
+        source = mask.args[0]
+        if known(shape(mask)[1] == 1) or not known(shape(source)[1] == 1):
+            break
+        mask = source
+    return mask

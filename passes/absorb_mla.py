@@ -16,6 +16,7 @@ from dsopt.effects import between
 from dsopt.headmap import HeadMap, trace
 from dsopt.ops.attention import mla_attention
 from dsopt.rewrite import Emitter, Log, argument, aten, is_inner_dim, is_op, replace, shape, val
+from dsopt.scores import unrepeated_mask
 
 FAMILY = "mla"
 
@@ -56,7 +57,7 @@ def _read(node: Node) -> dict | str:
         return "values are not expanded from the latent that the keys come from"
     if (key_map.num_heads, values.num_heads) != (shape(q)[1], shape(q)[1]):
         return f"{shape(q)[1]} query heads share {key_map.num_heads} key and {values.num_heads} value heads"
-    mask = _head_mask(mask)
+    mask = unrepeated_mask(mask)
     if mask is not None and val(mask).ndim > 2 and not known(shape(mask)[-3] == 1):
         return "the mask differs by head"
     scale = argument(node, "scale")
@@ -140,20 +141,6 @@ def _repeats(node: Node, dim: int) -> bool:
     """True for an expand of a 4-d tensor that changes `dim` alone."""
     old, new = shape(node.args[0]), shape(node)
     return len(old) == 4 and all(known(old[d] == new[d]) for d in range(4) if d != dim)
-
-
-def _head_mask(mask: Node | None) -> Node | None:
-    """The mask before it was repeated for every head."""
-    while (
-        mask is not None
-        and is_op(mask, aten.expand.default)
-        and val(mask).ndim == val(mask.args[0]).ndim == 4
-    ):
-        source = mask.args[0]
-        if known(shape(mask)[1] == 1) or not known(shape(source)[1] == 1):
-            break
-        mask = source
-    return mask
 
 
 def _rewrite(

@@ -12,6 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from dsopt.capture import known
+from dsopt.census import attention_family
 from dsopt.effects import between
 from dsopt.rewrite import (
     Emitter,
@@ -29,7 +30,7 @@ from dsopt.rewrite import (
 )
 from dsopt.scores import SOFTMAX, Scores, is_as_wide, read_scores
 
-FAMILY = "mla"
+FAMILY = "attention"
 
 
 def run(gm: GraphModule, log: Log) -> None:
@@ -40,7 +41,7 @@ def run(gm: GraphModule, log: Log) -> None:
                 leaves = (found.q[0], found.k[0], found.v[0], found.scores.mask, found.scores.fill)
                 found = log.moved(between(found.out, leaves), found.out) or found
             if isinstance(found, str):
-                log.miss(node, found)
+                log.miss(node, found, attention_family(node))
             elif found is not None:
                 log.hit()
                 _rewrite(gm, found)

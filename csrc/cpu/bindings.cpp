@@ -73,6 +73,24 @@ void register_mla_attention(py::module_& m) {
   define("mla_prefill", &mla_prefill, "Expanded latent attention; arguments as of mla_attention.");
 }
 
+void register_attention(py::module_& m) {
+  m.def(
+      "attention",
+      [](const std::array<int64_t, 8>& sizes, const Stack4& q, const Stack4& k, const Stack4& v, const Stack4& mask,
+         Mask mask_kind, float hidden, uintptr_t sinks, uintptr_t out, float scale, bool causal, bool bfloat16) {
+        const auto [batch, heads, kv_heads, tokens, cached, width, value, mask_heads] = sizes;
+        const GroupedAttention args{batch, heads, kv_heads, tokens, cached, width, value,
+                                    tensor(q), tensor(k), tensor(v), tensor(mask), mask_heads,
+                                    static_cast<const float*>(pointer(sinks)), writable(out), scale, hidden,
+                                    mask_kind, bfloat16 ? Dtype::bfloat16 : Dtype::float32, causal};
+        active_isa();
+        py::gil_scoped_release nogil;
+        attention(args);
+        trim_scratch();
+      },
+      "Attention. sizes: batch, heads, kv_heads, tokens, cached, width, value, mask_heads; sinks may be 0.");
+}
+
 // address, stride of the first and of the second dimension
 using Stack = std::array<int64_t, 3>;
 
@@ -186,6 +204,7 @@ PYBIND11_MODULE(_cpu, m) {
   register_isa(m);
   register_rms_norm(m);
   register_mla_attention(m);
+  register_attention(m);
   register_moe_experts(m);
   register_multi_linear(m);
   register_moe_route(m);

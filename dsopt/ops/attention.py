@@ -1,4 +1,4 @@
-"""Multi-head latent attention."""
+"""Attention over keys and values, and over a latent that both are made of."""
 
 from __future__ import annotations
 
@@ -39,16 +39,33 @@ def mla_attention_reference(
     k_nope = torch.einsum("btr,hdr->bhtd", latent, w_uk)
     value = torch.einsum("btr,hdr->bhtd", latent, w_uv)
     scores = q_nope @ k_nope.transpose(-1, -2) + q_rope @ k_rope.unsqueeze(1).transpose(-1, -2)
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    scores = scores.to(wide) * scale
+    return (_weights(scores, mask, scale, is_causal).to(value.dtype) @ value).transpose(1, 2).contiguous()
+
+
+def _weights(
+    scores: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    is_causal: bool,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """softmax(scale * scores + mask) over the keys, in float32 or wider; zeros where no key may be seen.
+
+    scores (batch, heads, new_tokens, cached_tokens); sinks as in `attention_reference`.
+    """
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     if is_causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(future, float("-inf"))
     unseen = (scores == float("-inf")).all(-1, keepdim=True)
-    weights = scores.masked_fill(unseen, 0.0).softmax(-1).masked_fill(unseen, 0.0)
-    return (weights.to(value.dtype) @ value).transpose(1, 2).contiguous()
+    scores = scores.masked_fill(unseen, 0.0)
+    if sinks is not None:
+        beside = sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, beside), -1)
+    weights = scores.softmax(-1)
+    return (weights if sinks is None else weights[..., :-1]).masked_fill(unseen, 0.0)
 
 
 def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple]:
@@ -100,4 +117,101 @@ mla_attention = Op(
     samples=_samples,
     tolerance={torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 3e-3},
     family="mla",
+)
+
+
+def attention_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    is_causal: bool = False,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention whose keys and values serve several heads each: multi-head, grouped-query or multi-query.
+
+    score[b,h,s,t] = scale * <q[b,h,s], k[b,h // g,t]> + mask[b,h,s,t],  g = heads // kv_heads
+    out[b,s,h] = sum_t exp(score[b,h,s,t]) v[b,h // g,t] / (exp(sinks[h]) + sum_t exp(score[b,h,s,t]))
+
+    q (batch, heads, new_tokens, width), k (batch, kv_heads, cached_tokens, width), heads a multiple of kv_heads
+    v (batch, kv_heads, cached_tokens, v_width)
+    mask: None; bool (True = attend) or float (added to the scores), broadcastable to
+        (batch, heads, new_tokens, cached_tokens).
+    is_causal: query s sees keys t <= s (upper-left aligned, as in scaled_dot_product_attention).
+    sinks: (heads,), what each head may attend to instead of any key; None leaves exp(sinks) out.
+    Returns (batch, new_tokens, heads, v_width), contiguous. A query that may see no key gives zeros.
+
+    Source: GQA, arXiv 2305.13245, section 2.2; sinks as in gpt-oss, arXiv 2508.10925, section 2.2.
+    """
+    batch, heads, tokens, width = q.shape
+    kv_heads, cached = k.shape[1:3]
+    shared = heads // kv_heads
+    grouped = q.reshape(batch, kv_heads, shared, tokens, width)
+    scores = grouped @ k.unsqueeze(2).transpose(-1, -2)
+    weights = _weights(scores.view(batch, heads, tokens, cached), mask, scale, is_causal, sinks)
+    out = weights.to(v.dtype).view(batch, kv_heads, shared, tokens, cached) @ v.unsqueeze(2)
+    return out.view(batch, heads, tokens, v.shape[-1]).transpose(1, 2).contiguous()
+
+
+def _attention_fake(q, k, v, mask, scale, is_causal=False, sinks=None):
+    batch, heads, tokens, _ = q.shape
+    return q.new_empty((batch, tokens, heads, v.shape[-1]))
+
+
+def _attention_samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple]:
+    def case(batch, heads, kv_heads, new, cached, width=16, v=16, seed=0):
+        r = rand(device, dtype, seed)
+        q = r(batch, new, heads, width).transpose(1, 2)
+        return q, r(batch, kv_heads, cached, width), r(batch, kv_heads, cached, v)
+
+    scale = 0.25
+    yield (*case(1, 4, 2, 1, 40), None, scale)
+    yield (*case(3, 5, 5, 1, 1), None, scale)
+    yield (*case(2, 6, 2, 7, 7), None, scale, True)
+    # fewer new tokens than keys, causal from the first of both; one head of keys for all
+    yield (*case(1, 3, 1, 2, 9, width=24, v=8), None, scale, True)
+    # a static buffer that holds few tokens, more than one key split long
+    valid = torch.arange(1100, device=device)[None, None, None, :] < 70
+    yield (*case(2, 16, 4, 1, 1100), valid, scale)
+    causal = torch.arange(600, device=device)[None, :] <= 590 + torch.arange(3, device=device)[:, None]
+    yield (*case(2, 6, 3, 3, 600), causal, scale)
+    # left padding: row 1 cannot see its first keys, and its first query sees none
+    padded = causal[:, :80][None, None].repeat(2, 1, 1, 1).clone()
+    padded[1, :, :, :9] = False
+    padded[1, :, 0] = False
+    yield (*case(2, 4, 2, 3, 80, seed=1), padded, scale)
+    lowest = torch.finfo(dtype).min
+    additive = torch.zeros(padded.shape, dtype=dtype, device=device).masked_fill(~padded, lowest)
+    yield (*case(2, 4, 2, 3, 80, seed=2), additive, scale)
+    yield (*case(2, 4, 2, 3, 80, seed=1), padded, scale, True)
+    # a mask for each head: distances, as in ALiBi
+    steps = torch.arange(40, device=device) - 39.0
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625], device=device)
+    yield (*case(2, 4, 2, 1, 40, seed=3), (slopes[:, None, None] * steps)[None].to(dtype), scale)
+    # a window of the newest keys, and what each head may attend to instead
+    sinks = rand(device, dtype, 7)(4)
+    window = causal & (torch.arange(600, device=device)[None, :] > causal.sum(-1, keepdim=True) - 30)
+    yield (*case(1, 4, 2, 3, 600, seed=4), window, scale, False, sinks)
+    yield (*case(2, 4, 2, 3, 80, seed=5), padded, scale, False, sinks)
+    yield (*case(1, 4, 4, 5, 5, seed=6), None, scale, True, sinks * 20)
+    # wide heads, odd widths, a non-contiguous cache, large scores, no tokens
+    yield (*case(1, 8, 2, 1, 530, width=128, v=128), None, 128**-0.5)
+    yield (*case(1, 6, 3, 2, 33, width=19, v=5), None, scale)
+    q, k, v = case(2, 4, 2, 2, 66, seed=8)
+    yield (q, k[:, :, ::2], v[:, :, ::2], None, scale)
+    yield (q * 30, k, v, None, scale)
+    yield (*case(2, 4, 2, 0, 12), None, scale)
+    yield (*case(0, 4, 2, 1, 12), None, scale)
+
+
+attention = Op(
+    name="attention",
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal=False, "
+    "Tensor? sinks=None) -> Tensor",
+    reference=attention_reference,
+    samples=_attention_samples,
+    tolerance={torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 3e-3},
+    fake=_attention_fake,
+    family="attention",
 )

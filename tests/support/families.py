@@ -49,7 +49,7 @@ def _heads(n: int, hidden: int) -> dict:
 FAMILIES: dict[str, tuple[dict, dict[str, int]]] = {
     "v2": (
         {"model_type": "deepseek_v2", **MLA, **_heads(5, 80), "q_lora_rank": None, "rope_parameters": YARN},
-        {"mla": 2, "moe": 1, "router": 1, "norm": 7, "rope": 4, "mlp": 2},
+        {"mla": 2, "attention": 0, "moe": 1, "router": 1, "norm": 7, "rope": 4, "mlp": 2},
     ),
     "v2-q_lora": (
         {
@@ -59,11 +59,11 @@ FAMILIES: dict[str, tuple[dict, dict[str, int]]] = {
             "q_lora_rank": 48,
             "topk_method": "group_limited_greedy",
         },
-        {"mla": 2, "moe": 1, "router": 1, "norm": 9, "rope": 4, "mlp": 2},
+        {"mla": 2, "attention": 0, "moe": 1, "router": 1, "norm": 9, "rope": 4, "mlp": 2},
     ),
     "v3": (
         {"model_type": "deepseek_v3", **MLA, **_heads(5, 64), "q_lora_rank": 48, "rope_parameters": YARN},
-        {"mla": 2, "moe": 1, "router": 1, "norm": 9, "rope": 4, "mlp": 2},
+        {"mla": 2, "attention": 0, "moe": 1, "router": 1, "norm": 9, "rope": 4, "mlp": 2},
     ),
     "v3-half-biased": (
         {
@@ -74,7 +74,7 @@ FAMILIES: dict[str, tuple[dict, dict[str, int]]] = {
             "rope_interleave": False,
             "attention_bias": True,
         },
-        {"mla": 2, "moe": 1, "router": 1, "norm": 9, "rope": 4, "mlp": 2},
+        {"mla": 2, "attention": 0, "moe": 1, "router": 1, "norm": 9, "rope": 4, "mlp": 2},
     ),
     "v32": (
         {
@@ -86,7 +86,7 @@ FAMILIES: dict[str, tuple[dict, dict[str, int]]] = {
             "index_n_heads": 2,
             "index_head_dim": 32,
         },
-        {"mla": 2, "moe": 1, "router": 1, "norm": 9, "rope": 8, "mlp": 2},
+        {"mla": 2, "attention": 0, "moe": 1, "router": 1, "norm": 9, "rope": 8, "mlp": 2},
     ),
     "mixtral": (
         {
@@ -98,7 +98,7 @@ FAMILIES: dict[str, tuple[dict, dict[str, int]]] = {
             "num_local_experts": 6,
             "num_experts_per_tok": 2,
         },
-        {"mla": 0, "moe": 2, "router": 2, "norm": 5, "rope": 4, "mlp": 0},
+        {"mla": 0, "attention": 2, "moe": 2, "router": 2, "norm": 5, "rope": 4, "mlp": 0},
     ),
     "qwen3_moe": (
         {
@@ -113,7 +113,7 @@ FAMILIES: dict[str, tuple[dict, dict[str, int]]] = {
             "num_experts_per_tok": 3,
             "norm_topk_prob": True,
         },
-        {"mla": 0, "moe": 2, "router": 2, "norm": 9, "rope": 4, "mlp": 0},
+        {"mla": 0, "attention": 2, "moe": 2, "router": 2, "norm": 9, "rope": 4, "mlp": 0},
     ),
     "llama": (
         {
@@ -123,7 +123,7 @@ FAMILIES: dict[str, tuple[dict, dict[str, int]]] = {
             "num_key_value_heads": 3,
             "hidden_size": 96,
         },
-        {"mla": 0, "moe": 0, "router": 0, "norm": 5, "rope": 4, "mlp": 2},
+        {"mla": 0, "attention": 2, "moe": 0, "router": 0, "norm": 5, "rope": 4, "mlp": 2},
     ),
     "qwen2": (
         {
@@ -133,7 +133,7 @@ FAMILIES: dict[str, tuple[dict, dict[str, int]]] = {
             "num_key_value_heads": 5,
             "hidden_size": 80,
         },
-        {"mla": 0, "moe": 0, "router": 0, "norm": 5, "rope": 4, "mlp": 2},
+        {"mla": 0, "attention": 2, "moe": 0, "router": 0, "norm": 5, "rope": 4, "mlp": 2},
     ),
 }
 

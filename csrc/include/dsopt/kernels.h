@@ -49,6 +49,21 @@ struct MlaAttention {
   bool causal;
 };
 
+// Attention of heads that share keys; shapes and meaning as dsopt.ops.attention.attention_reference
+struct GroupedAttention {
+  int64_t batch, heads, kv_heads, tokens, cached, width, value;
+  Tensor4 q, k, v;     // batch, heads | kv_heads, tokens | cached, width | value
+  Tensor4 mask;        // batch, mask_heads, tokens, cached
+  int64_t mask_heads;  // heads, or 1 if all share one mask
+  const float* sinks;  // heads, dense; or null
+  void* out;           // batch, tokens, heads, value, dense
+  float scale;
+  float hidden;  // as in MlaAttention
+  Mask mask_kind;
+  Dtype dtype;
+  bool causal;
+};
+
 enum class Activation { silu, gelu, gelu_tanh, relu, relu2, swiglu_oai };
 
 // A stack of MLPs: down @ (act(gate) * up) with gate and up = w @ x + b, or down @ act(gate) without up.
@@ -125,6 +140,7 @@ struct Rope {
 DSOPT_KERNEL(rms_norm, RmsNorm)
 DSOPT_KERNEL(mla_attention, MlaAttention)
 DSOPT_KERNEL(mla_prefill, MlaAttention)
+DSOPT_KERNEL(attention, GroupedAttention)
 DSOPT_KERNEL(moe_experts, MoeExperts)
 DSOPT_KERNEL(multi_linear, MultiLinear)
 DSOPT_KERNEL(moe_route, MoeRoute)
