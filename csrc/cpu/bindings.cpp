@@ -16,6 +16,17 @@ namespace {
 const void* pointer(uintptr_t address) { return reinterpret_cast<const void*>(address); }
 void* writable(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
+// What a kernel needs before it runs without the interpreter: an instruction set, or the exception that says why not,
+// and torch's number of threads, which OpenMP learns in each thread when torch first looks at it there.
+void prepare() {
+  thread_local bool prepared = false;
+  active_isa();
+  if (prepared) return;
+  const py::dict modules = py::module_::import("sys").attr("modules");
+  if (modules.contains("torch")) py::object(modules["torch"]).attr("get_num_threads")();
+  prepared = true;
+}
+
 // a tensor as Python gives it: address, strides of all dimensions
 using Stack3 = std::pair<uintptr_t, std::array<int64_t, 3>>;
 using Stack4 = std::pair<uintptr_t, std::array<int64_t, 4>>;
@@ -37,7 +48,7 @@ void register_rms_norm(py::module_& m) {
          int64_t hidden, int64_t x_stride, int64_t residual_stride, float eps, bool bfloat16) {
         const RmsNorm args{pointer(x), pointer(residual), pointer(weight), writable(out), writable(total), rows,
                            hidden, x_stride, residual_stride, eps, bfloat16 ? Dtype::bfloat16 : Dtype::float32};
-        active_isa();
+        prepare();
         py::gil_scoped_release nogil;
         rms_norm(args);
       },
@@ -61,7 +72,7 @@ void register_mla_attention(py::module_& m) {
                                   tensor(q_nope), tensor(q_rope), tensor(latent), tensor(k_rope), tensor(w_uk),
                                   tensor(w_uv), tensor(mask), writable(out), scale, hidden, mask_kind,
                                   bfloat16 ? Dtype::bfloat16 : Dtype::float32, causal};
-          active_isa();
+          prepare();
           py::gil_scoped_release nogil;
           kernel(args);
           trim_scratch();
@@ -122,7 +133,7 @@ void register_moe_experts(py::module_& m) {
                               static_cast<const int64_t*>(tensor(ids).data), ids[1], ids[2],
                               static_cast<const float*>(tensor(weights).data), weights[1], weights[2], mlps(routed),
                               mlps(shared), writable(out), bfloat16 ? Dtype::bfloat16 : Dtype::float32};
-        active_isa();
+        prepare();
         py::gil_scoped_release nogil;
         moe_experts(args);
         trim_scratch();
@@ -144,7 +155,7 @@ void register_multi_linear(py::module_& m) {
         const MultiLinear args{tokens, in_features, static_cast<int64_t>(all.size()), pointer(x), x_stride, all.data(),
                                bfloat16 ? Dtype::bfloat16 : Dtype::float32,
                                bfloat16_out ? Dtype::bfloat16 : Dtype::float32};
-        active_isa();
+        prepare();
         py::gil_scoped_release nogil;
         multi_linear(args);
         trim_scratch();
@@ -167,7 +178,7 @@ void register_moe_route(py::module_& m) {
                             static_cast<float*>(writable(weights)), static_cast<int64_t*>(writable(ids)), tokens,
                             num_experts, topk, num_groups, topk_groups, outside, eps, scale, scoring, top2,
                             renormalize, bfloat16 ? Dtype::bfloat16 : Dtype::float32};
-        active_isa();
+        prepare();
         py::gil_scoped_release nogil;
         moe_route(args);
       },
@@ -191,7 +202,7 @@ void register_rope(py::module_& m) {
         args.full_tables = full_tables;
         args.dtype = bfloat16 ? Dtype::bfloat16 : Dtype::float32;
         args.table_dtype = bfloat16_tables ? Dtype::bfloat16 : Dtype::float32;
-        active_isa();
+        prepare();
         py::gil_scoped_release nogil;
         rope(args);
       },

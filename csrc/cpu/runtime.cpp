@@ -1,8 +1,14 @@
-// What is compiled once for all instruction sets: the choice among them, and scratch memory.
+// What is compiled once for all instruction sets: the choice among them, threads, and scratch memory.
+#include <pthread.h>
+
 #include <atomic>
 #include <cstdlib>
 #include <iterator>
 #include <new>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 #include "dsopt/runtime.h"
 
@@ -37,6 +43,10 @@ Isa choose(const std::string& wanted) {
   if (wanted.empty()) return parse_isa(names.back());
   return parse_isa(wanted);
 }
+
+// A thread's OpenMP team does not follow it through a fork. Threads that the child starts get teams of their own.
+thread_local bool forked = false;
+[[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 constexpr unsigned long kKeptScratch = 32ul << 20;
 
@@ -92,6 +102,14 @@ Isa active_isa() {
   if (isa != kUnset) return static_cast<Isa>(isa);
   set_isa("");
   return static_cast<Isa>(active.load());
+}
+
+int max_threads() {
+#ifdef _OPENMP
+  return forked ? 1 : omp_get_max_threads();
+#else
+  return 1;
+#endif
 }
 
 void* scratch(unsigned long bytes) {

@@ -23,6 +23,10 @@ enum class Isa { DSOPT_FOR_EACH_ISA(DSOPT_NAME) };
 // Throws std::invalid_argument for a DSOPT_ISA that is unknown or that this processor lacks.
 Isa active_isa();
 
+// Threads that the calling thread may use: OpenMP's number; one in the thread that came out of a fork, where OpenMP
+// would wait for those that stayed behind.
+int max_threads();
+
 // At least `bytes` bytes aligned to 64, private to the calling thread, until its next call of this or of
 // trim_scratch.
 void* scratch(unsigned long bytes);

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "dsopt/isa.h"
+
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -18,7 +20,7 @@ constexpr int64_t kSerialWork = 400'000;
 // is itself one of a team.
 inline int team_size(int64_t work) {
 #ifdef _OPENMP
-  return work < kSerialWork || omp_in_parallel() ? 1 : omp_get_max_threads();
+  return work < kSerialWork || omp_in_parallel() ? 1 : max_threads();
 #else
   return 1;
 #endif
