@@ -94,7 +94,7 @@ void register_attention(py::module_& m) {
                                     tensor(q), tensor(k), tensor(v), tensor(mask), mask_heads,
                                     static_cast<const float*>(pointer(sinks)), writable(out), scale, hidden,
                                     mask_kind, bfloat16 ? Dtype::bfloat16 : Dtype::float32, causal};
-        active_isa();
+        prepare();
         py::gil_scoped_release nogil;
         attention(args);
         trim_scratch();
