@@ -141,39 +141,47 @@ struct Grouped {
 
   template <int ROWS, class K>
   static void score_tiles(const float* q, int64_t q_stride, int64_t count, const K* k, int64_t k_stride, int64_t n,
-                          int64_t width, float* scores) {
+                          int64_t width, int64_t ahead, float* scores) {
     for (int64_t block = 0; block < count; block += kBlockRows) {
       const int64_t end = min(count, block + kBlockRows);
       for (int64_t t = 0; t < n; t += kDotKeys) {
         const K* keys[kDotKeys];
         for (int j = 0; j < kDotKeys; ++j) keys[j] = k + min(t + j, n - 1) * k_stride;
         for (int64_t r = block; r < end; r += ROWS) {
-          dot_tile<ROWS>(q + r * q_stride, q_stride, keys, width, scores + r * kChunk + t, kChunk);
+          const float* tile = q + r * q_stride;
+          r == 0 ? dot_tile<ROWS, true>(tile, q_stride, keys, width, scores + t, kChunk, ahead)
+                 : dot_tile<ROWS>(tile, q_stride, keys, width, scores + r * kChunk + t, kChunk);
         }
       }
     }
   }
 
   template <int ROWS, class V>
-  void sum_tiles(const float* weights, int64_t count, int64_t n, const V* v, int64_t v_stride, const float* keep,
-                 float* sums) const {
+  void sum_tiles(const float* weights, int64_t count, int64_t n, const V* v, int64_t v_stride, int64_t ahead,
+                 const float* keep, float* sums) const {
     // a few columns at a time: of many keys they stay in the first-level cache for all rows
     for (int64_t c = 0; c < value_pad; c += kSumVecs * kLanes) {
       const int64_t width = min(kSumVecs * kLanes, (copies ? value_pad : a.value) - c);
       for (int64_t r = 0; r < count; r += ROWS) {
         float* out[ROWS];
         for (int i = 0; i < ROWS; ++i) out[i] = sums + (r + i) * value_pad + c;
-        sum_rows<ROWS, kSumVecs>(weights + r * kChunk, kChunk, n, v + c, v_stride, width, keep + r, out);
+        const float* w = weights + r * kChunk;
+        r == 0 ? sum_rows<ROWS, kSumVecs, true>(w, kChunk, n, v + c, v_stride, width, keep + r, out, ahead)
+               : sum_rows<ROWS, kSumVecs>(w, kChunk, n, v + c, v_stride, width, keep + r, out);
       }
     }
   }
 
+  // ahead: how many keys further on the next chunk lies
   template <class K>
   void attend_keys(const Rows& at, int64_t first, int64_t n, const K* k, int64_t k_stride, const K* v, int64_t v_stride,
-                   Partial p, const Room& m) const {
+                   int64_t ahead, Partial p, const Room& m) const {
     const int64_t width = copies ? width_pad : a.width;
-    at.count == 1 ? score_tiles<1>(m.queries, width_pad, 1, k, k_stride, n, width, m.scores)
-                  : score_tiles<kDotRows>(m.queries, width_pad, at.padded, k, k_stride, n, width, m.scores);
+    if (at.count == 1) {
+      score_tiles<1>(m.queries, width_pad, 1, k, k_stride, n, width, ahead * k_stride, m.scores);
+    } else {
+      score_tiles<kDotRows>(m.queries, width_pad, at.padded, k, k_stride, n, width, ahead * k_stride, m.scores);
+    }
     const bool masked = masks.any() || n < kChunk;
     int64_t last = -1;
     for (int64_t r = 0; r < at.count; ++r) {
@@ -181,8 +189,11 @@ struct Grouped {
       m.keep[r] = soften<kChunk>(m.scores + r * kChunk, masked ? m.bias : nullptr, p.maximum + r, p.total + r);
     }
     for (int64_t r = at.count; r < at.padded; ++r) m.keep[r] = 0.0f;
-    at.count == 1 ? sum_tiles<1>(m.scores, 1, n, v, v_stride, m.keep, p.sum)
-                  : sum_tiles<kSumRows>(m.scores, at.padded, n, v, v_stride, m.keep, p.sum);
+    if (at.count == 1) {
+      sum_tiles<1>(m.scores, 1, n, v, v_stride, ahead * v_stride, m.keep, p.sum);
+    } else {
+      sum_tiles<kSumRows>(m.scores, at.padded, n, v, v_stride, ahead * v_stride, m.keep, p.sum);
+    }
   }
 
   void make_bias(int64_t query, int64_t first, float* bias) const {
@@ -190,17 +201,17 @@ struct Grouped {
     for (int64_t i = 0; i < kChunk; ++i) bias[i] = first + i < a.cached ? 0.0f : -kInfinity;
   }
 
-  void attend_chunk(const Rows& at, int64_t chunk, Partial p, const Room& m) const {
-    const int64_t first = chunk * kChunk, n = min(kChunk, a.cached - first);
+  void attend_chunk(const Rows& at, int64_t chunk, int64_t next, Partial p, const Room& m) const {
+    const int64_t first = chunk * kChunk, n = min(kChunk, a.cached - first), ahead = (next - chunk) * kChunk;
     if (!copies) {
-      attend_keys(at, first, n, key(at, first), a.k.stride2, values_of(at, first), a.v.stride2, p, m);
+      attend_keys(at, first, n, key(at, first), a.k.stride2, values_of(at, first), a.v.stride2, ahead, p, m);
       return;
     }
     for (int64_t t = 0; t < n; ++t) {
       widen_row(key(at, first + t), a.width, m.keys + t * width_pad, width_pad);
       widen_row(values_of(at, first + t), a.value, m.values + t * value_pad, value_pad);
     }
-    attend_keys<float>(at, first, n, m.keys, width_pad, m.values, value_pad, p, m);
+    attend_keys<float>(at, first, n, m.keys, width_pad, m.values, value_pad, 0, p, m);
   }
 
   static void clear(const Rows& at, Partial p) {
@@ -209,17 +220,18 @@ struct Grouped {
 
   // fills p from the visible chunks of one split; p.sum is left as it was if there is none
   void attend_split(const Rows& at, int64_t split, Partial p, const Room& m) const {
-    clear(at, p);
-    bool empty = true;
+    int64_t chunks[kSplit / kChunk + 1];
+    int count = 0;
     const int64_t end = min(masks.chunks(), (split + 1) * (kSplit / kChunk));
     for (int64_t c = split * (kSplit / kChunk); c < end; ++c) {
-      if (!any_visible(at, c)) continue;
-      if (empty) {
-        for (int64_t i = 0; i < at.padded * value_pad; i += kLanes) store(p.sum + i, Vec{});
-      }
-      empty = false;
-      attend_chunk(at, c, p, m);
+      if (any_visible(at, c)) chunks[count++] = c;
     }
+    clear(at, p);
+    if (count == 0) return;
+    // the last chunk's next one is what follows, which may be the next split's
+    chunks[count] = chunks[count - 1] + 1;
+    for (int64_t i = 0; i < at.padded * value_pad; i += kLanes) store(p.sum + i, Vec{});
+    for (int i = 0; i < count; ++i) attend_chunk(at, chunks[i], chunks[i + 1], p, m);
   }
 
   void attend_all(const Rows& at, const Room& m) const {
