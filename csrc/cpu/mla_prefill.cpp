@@ -123,6 +123,11 @@ struct Prefill {
     }
   }
 
+  template <class E>
+  static void fetch(const E* p, int64_t n) {
+    for (int64_t i = 0; i < n; i += 64 / sizeof(E)) __builtin_prefetch(p + i);
+  }
+
   // the block's chunks that one of queries first .. last sees
   Chunks seen(int64_t b, int64_t first, int64_t last, int64_t block) const {
     Chunks chunks = 0;
@@ -139,11 +144,12 @@ struct Prefill {
     for (int64_t t = first; t < last; t += kTileRows) {
       const int64_t rows = min(kTileRows, last - t);
       for (int64_t r = 0; r < rows; ++r) widen(row(a.latent, b, at + t + r), a.rank, 1.0f, m.tile, r, 0);
+      for (int64_t r = t + kTileRows; r < min(last, t + 2 * kTileRows); ++r) fetch(row(a.latent, b, at + r), a.rank);
       for (int64_t c = 0; c < nope_pad; c += kPanel) {
-        panel_product(rows, m.tile, m.w_uk + c * a.rank, a.rank, m.nope + t * nope_pad + c, nope_pad);
+        panel_product(rows, m.tile, m.w_uk + c * a.rank, a.rank, kPanel, m.nope + t * nope_pad + c, nope_pad);
       }
       for (int64_t c = 0; c < value_pad; c += kPanel) {
-        panel_product(rows, m.tile, m.w_uv + c * a.rank, a.rank, m.values + c * kBlock + t * kPanel, kPanel);
+        panel_product(rows, m.tile, m.w_uv + c * a.rank, a.rank, kPanel, m.values + c * kBlock + t * kPanel, kPanel);
       }
     }
     float* keys = m.keys + first * depth;
@@ -151,70 +157,83 @@ struct Prefill {
     pack_panels(row(a.k_rope, b, at + first), a.k_rope.stride1, last - first, a.rope, keys + a.nope * kPanel, depth);
   }
 
-  // A query's scores of some chunks of a block become weights, relative to its maximum so far; returns how much of
-  // its earlier sums to keep.
-  float soften(int64_t query, int64_t block, Chunks chunks, float* scores, float* maximum, float* total) const {
+  // adds the mask to a query's scores of some chunks of a block; returns the largest, or `largest`
+  float add_mask(int64_t query, int64_t block, Chunks chunks, float* scores, float largest) const {
     float bias[kChunk];
-    Vec best = splat(*maximum);
-    for (int64_t c = 0; c < kBlockChunks; ++c) {
-      if (!(chunks >> c & 1)) continue;
-      float* score = scores + c * kChunk;
-      const uint8_t flag = masks.chunk_of(query, block * kBlockChunks + c);
-      if (flag == kPlain) {
-        for (int64_t i = 0; i < kChunk; i += kLanes) best = max(load(score + i), best);
-        continue;
+    Vec best = splat(largest);
+    for_each_stretch(chunks, [&](int64_t first, int64_t last) {
+      for (int64_t c = first; c < last; ++c) {
+        float* score = scores + c * kChunk;
+        if (masks.chunk_of(query, block * kBlockChunks + c) == kPlain) {
+          for (int64_t i = 0; i < kChunk; i += kLanes) best = max(load(score + i), best);
+          continue;
+        }
+        masks.make_bias(query, block * kBlock + c * kChunk, bias);
+        for (int64_t i = 0; i < kChunk; i += kLanes) {
+          // a hidden key's score may be anything, behind the last key even memory that was never written
+          const Vec add = load(bias + i);
+          const Vec v = add == -kInfinity ? add : load(score + i) + add;
+          store(score + i, v);
+          best = max(v, best);
+        }
       }
-      masks.make_bias(query, block * kBlock + c * kChunk, bias);
-      for (int64_t i = 0; i < kChunk; i += kLanes) {
-        // a hidden key's score may be anything, behind the last key even memory that was never written
-        const Vec add = load(bias + i);
-        const Vec v = add == -kInfinity ? add : load(score + i) + add;
-        store(score + i, v);
-        best = max(v, best);
-      }
-    }
-    const float m = max(best);
-    const bool none = m == -kInfinity;
+    });
+    return max(best);
+  }
+
+  // scores of some chunks become weights relative to the largest score; returns their sum
+  static float soften(Chunks chunks, float* scores, float largest) {
+    // nothing visible so far: all scores are -infinity, and so will be their differences to anything finite
+    const float from = largest == -kInfinity ? 0.0f : largest;
     Vec sums = {};
-    for (int64_t c = 0; c < kBlockChunks; ++c) {
-      if (!(chunks >> c & 1)) continue;
-      for (int64_t i = c * kChunk; i < (c + 1) * kChunk; i += kLanes) {
-        const Vec v = none ? Vec{} : exp_nonpositive(load(scores + i) - m);
+    for_each_stretch(chunks, [&](int64_t first, int64_t last) {
+      for (int64_t i = first * kChunk; i < last * kChunk; i += kLanes) {
+        const Vec v = exp_nonpositive(load(scores + i) - from);
         sums += v;
         store(scores + i, v);
       }
-    }
-    if (none) return 1.0f;
-    const float keep = exp_nonpositive(splat(*maximum - m))[0];
-    *total = *total * keep + sum(sums);
-    *maximum = m;
-    return keep;
+    });
+    return sum(sums);
   }
 
   // takes queries s .. s + rows, whose sums are at row `at`, by one expanded block
   void attend(int64_t head, int64_t b, int64_t s, int64_t rows, int64_t block, int64_t at, const Memory& m) const {
     const Chunks chunks = seen(b, s, s + rows, block);
     if (!chunks) return;
-    const int64_t size = min(kBlock, a.cached - block * kBlock);
+    const int64_t query = b * a.tokens + s;
+    int64_t end = 0;
+    for (int64_t r = 0; r < rows; ++r) end = max(masks.end_of(query + r), end);
+    const int64_t size = min(kBlock, end - block * kBlock);
     for (int64_t r = 0; r < rows; ++r) {
       widen(row(a.q_nope, b, head, s + r), a.nope, a.scale, m.tile, r, 0);
       widen(row(a.q_rope, b, head, s + r), a.rope, a.scale, m.tile, r, a.nope);
     }
     for_each_stretch(chunks, [&](int64_t first, int64_t last) {
-      for (int64_t t = first * kChunk; t < min(last * kChunk, size); t += kPanel) {
-        panel_product(rows, m.tile, m.keys + t * depth, depth, m.scores + t, kTileStride);
+      const int64_t stop = min(last * kChunk, size);
+      for (int64_t t = first * kChunk; t < stop; t += kPanel) {
+        panel_product(rows, m.tile, m.keys + t * depth, depth, stop - t, m.scores + t, kTileStride);
       }
     });
-    float keep[kTileRows];
+    float largest[kTileRows], keep[kTileRows];
     for (int64_t r = 0; r < rows; ++r) {
-      keep[r] = soften(b * a.tokens + s + r, block, chunks, m.scores + r * kTileStride, m.maximum + at + r,
-                       m.total + at + r);
+      fetch(m.sum + (at + r) * value_pad, value_pad);
+      largest[r] = add_mask(query + r, block, chunks, m.scores + r * kTileStride, m.maximum[at + r]);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const float total = soften(chunks, m.scores + r * kTileStride, largest[r]);
+      keep[r] = largest[r] == -kInfinity ? 1.0f : exp_nonpositive(splat(m.maximum[at + r] - largest[r]))[0];
+      m.total[at + r] = m.total[at + r] * keep[r] + total;
+      m.maximum[at + r] = largest[r];
+      // the next tile's queries, each of which may lie in a page of its own
+      const int64_t next = min(s + kTileRows + r, a.tokens - 1);
+      fetch(row(a.q_nope, b, head, next), a.nope);
+      fetch(row(a.q_rope, b, head, next), a.rope);
     }
     for_each_stretch(chunks, [&](int64_t first, int64_t last) {
       const int64_t t = first * kChunk, n = min(last * kChunk, size) - t;
       for (int64_t c = 0; c < value_pad; c += kPanel) {
-        panel_rows(rows, m.scores + t, m.values + c * kBlock + t * kPanel, n, keep, m.sum + at * value_pad + c,
-                   value_pad);
+        panel_sum(rows, m.scores + t, m.values + c * kBlock + t * kPanel, n, keep, m.sum + at * value_pad + c,
+                  value_pad);
       }
       for (int64_t r = 0; r < rows; ++r) keep[r] = 1.0f;
     });

@@ -31,11 +31,18 @@ struct QueryMasks {
   uint8_t* flags = nullptr;       // memory of flags_size(queries) bytes
 
   int64_t chunks() const { return (cached + CHUNK - 1) / CHUNK; }
-  int64_t flags_size(int64_t queries) const { return queries * (1 + chunks()); }
+  int64_t flags_size(int64_t queries) const { return queries * (kFront + chunks()); }
 
-  uint8_t* flags_of(int64_t query) const { return flags + query * (1 + chunks()); }
-  uint8_t kind_of(int64_t query) const { return *flags_of(query); }
-  uint8_t chunk_of(int64_t query, int64_t chunk) const { return flags_of(query)[1 + chunk]; }
+  // what a scan finds: the end of the visible keys, the kind of the mask, that of each chunk
+  static constexpr int64_t kFront = sizeof(int64_t) + 1;
+  uint8_t* flags_of(int64_t query) const { return flags + query * (kFront + chunks()); }
+  uint8_t kind_of(int64_t query) const { return flags_of(query)[kFront - 1]; }
+  uint8_t chunk_of(int64_t query, int64_t chunk) const { return flags_of(query)[kFront + chunk]; }
+  int64_t end_of(int64_t query) const {
+    int64_t end;
+    __builtin_memcpy(&end, flags_of(query), sizeof end);
+    return end;
+  }
   bool sees(int64_t query, int64_t chunk) const { return chunk_of(query, chunk) != kHidden; }
 
   // whether scores need anything added at all, but for what lies behind the last key
@@ -75,6 +82,12 @@ struct QueryMasks {
     return {m, any == 0};
   }
 
+  template <class M>
+  bool hides(M value, uint8_t its_kind) const {
+    return to_float(value) <= (its_kind == kNormal ? hidden : -kInfinity);
+  }
+  bool hides(uint8_t value, uint8_t) const { return !value; }
+
   static Range range(const uint8_t* p, int64_t n) {
     uint8_t any = 0, all = 1;
     for (int64_t i = 0; i < n; ++i) {
@@ -84,13 +97,20 @@ struct QueryMasks {
     return {any ? 0.0f : -kInfinity, all != 0};
   }
 
-  // finds the kind of a query's mask and that of each chunk
+  // notes the end and the kind; returns where the chunks' kinds go
+  uint8_t* found(int64_t query, int64_t end, uint8_t its_kind) const {
+    uint8_t* front = flags_of(query);
+    __builtin_memcpy(front, &end, sizeof end);
+    front[kFront - 1] = its_kind;
+    return front + kFront;
+  }
+
+  // finds the end of the visible keys, the kind of a query's mask and that of each chunk
   void scan(int64_t query) const {
     switch (kind) {
       case Mask::none: {
         const int64_t keys = keys_of(query);
-        uint8_t* visible = flags_of(query);
-        *visible++ = keys > 0 ? kNormal : kDead;
+        uint8_t* visible = found(query, keys, keys > 0 ? kNormal : kDead);
         for (int64_t c = 0; c < chunks(); ++c) {
           const int64_t n = keys - c * CHUNK;
           visible[c] = n <= 0 ? kHidden : n < CHUNK ? kSome : kPlain;
@@ -106,7 +126,7 @@ struct QueryMasks {
   template <class M>
   void scan_values(int64_t query) const {
     const M* p = values<M>(query);
-    uint8_t* visible = flags_of(query) + 1;
+    uint8_t* visible = flags_of(query) + kFront;
     const int64_t keys = keys_of(query);
     float best = -kInfinity;
     constexpr uint8_t low = 0xff;  // visible only where nothing else is
@@ -116,18 +136,20 @@ struct QueryMasks {
       visible[c] = r.largest > hidden ? (r.plain && n == CHUNK ? kPlain : kSome) : r.largest > -kInfinity ? low : kHidden;
       best = max(r.largest, best);
     }
-    const uint8_t found = best > hidden ? kNormal : best > -kInfinity ? kLiteral : kDead;
+    const uint8_t its_kind = best > hidden ? kNormal : best > -kInfinity ? kLiteral : kDead;
+    int64_t end = 0;
     for (int64_t c = 0; c < chunks(); ++c) {
-      if (visible[c] == low) visible[c] = found == kLiteral ? kSome : kHidden;
+      if (visible[c] == low) visible[c] = its_kind == kLiteral ? kSome : kHidden;
+      if (visible[c] != kHidden) end = min(keys, (c + 1) * CHUNK);
     }
-    *flags_of(query) = found;
+    while (end > 0 && hides(p[end - 1], its_kind)) --end;
+    found(query, end, its_kind);
   }
 
   // what is added to a scanned query's scores of keys first .. first + CHUNK
   void make_bias(int64_t query, int64_t first, float* bias) const {
-    const uint8_t found = kind_of(query);
-    const int64_t n = found == kDead ? 0 : max(int64_t{0}, min(CHUNK, keys_of(query) - first));
-    const float lowest = found == kNormal ? hidden : -kInfinity;
+    const uint8_t its_kind = kind_of(query);
+    const int64_t n = its_kind == kDead ? 0 : max(int64_t{0}, min(CHUNK, keys_of(query) - first));
     switch (kind) {
       case Mask::none:
         for (int64_t i = 0; i < n; ++i) bias[i] = 0.0f;
@@ -137,14 +159,15 @@ struct QueryMasks {
         for (int64_t i = 0; i < n; ++i) bias[i] = p[i] ? 0.0f : -kInfinity;
         break;
       }
-      case Mask::float32: copy_bias(values<float>(query) + first, n, lowest, bias); break;
-      case Mask::bfloat16: copy_bias(values<Bf16>(query) + first, n, lowest, bias); break;
+      case Mask::float32: copy_bias(values<float>(query) + first, n, its_kind, bias); break;
+      case Mask::bfloat16: copy_bias(values<Bf16>(query) + first, n, its_kind, bias); break;
     }
     for (int64_t i = n; i < CHUNK; ++i) bias[i] = -kInfinity;
   }
 
   template <class M>
-  static void copy_bias(const M* p, int64_t n, float lowest, float* bias) {
+  void copy_bias(const M* p, int64_t n, uint8_t its_kind, float* bias) const {
+    const float lowest = its_kind == kNormal ? hidden : -kInfinity;
     for (int64_t i = 0; i < n; ++i) {
       const float m = to_float(p[i]);
       bias[i] = m <= lowest ? -kInfinity : m;

@@ -26,8 +26,8 @@ DSOPT_INLINE int64_t tile_at(int64_t i, int64_t k) {
   return (k / kSlice * kTileRows + i) * kTileStride + k % kSlice;
 }
 
-// out[i][:] = (keep ? out[i][:] * keep[i] : 0) + sum_k a[i][k] * panel[k][:] over VECS vectors, k < depth <= kSlice
-template <int ROWS, int VECS>
+// out[i][:] = (KEEP ? out[i][:] * keep[i] : 0) + sum_k a[i][k] * panel[k][:] over VECS vectors, k < depth
+template <int ROWS, int VECS, bool KEEP>
 void panel_tile(const float* a, const float* panel, int64_t depth, const float* keep, float* out,
                 int64_t out_stride) {
   // far enough to hide the second-level cache, near enough to stay in the first
@@ -36,20 +36,23 @@ void panel_tile(const float* a, const float* panel, int64_t depth, const float* 
   DSOPT_UNROLL
   for (int i = 0; i < ROWS; ++i) {
     DSOPT_UNROLL
-    for (int j = 0; j < VECS; ++j) acc[i][j] = keep ? load(out + i * out_stride + j * kLanes) * keep[i] : Vec{};
+    for (int j = 0; j < VECS; ++j) acc[i][j] = KEEP ? load(out + i * out_stride + j * kLanes) * keep[i] : Vec{};
   }
-  for (int64_t k = 0; k < depth; ++k, panel += kPanel) {
-    Vec v[VECS];
-    DSOPT_UNROLL
-    for (int j = 0; j < VECS; ++j) {
-      v[j] = load(panel + j * kLanes);
-      if (j * kLanes % 16 == 0) __builtin_prefetch(panel + ahead + j * kLanes);
-    }
-    DSOPT_UNROLL
-    for (int i = 0; i < ROWS; ++i) {
-      const Vec x = splat(a[i * kTileStride + k]);
+  for (; depth > 0; depth -= kSlice, a += kTileRows * kTileStride) {
+    const int64_t end = min(depth, kSlice);
+    for (int64_t k = 0; k < end; ++k, panel += kPanel) {
+      Vec v[VECS];
       DSOPT_UNROLL
-      for (int j = 0; j < VECS; ++j) acc[i][j] = madd(x, v[j], acc[i][j]);
+      for (int j = 0; j < VECS; ++j) {
+        v[j] = load(panel + j * kLanes);
+        if (j * kLanes % 16 == 0) __builtin_prefetch(panel + ahead + j * kLanes);
+      }
+      DSOPT_UNROLL
+      for (int i = 0; i < ROWS; ++i) {
+        const Vec x = splat(a[i * kTileStride + k]);
+        DSOPT_UNROLL
+        for (int j = 0; j < VECS; ++j) acc[i][j] = madd(x, v[j], acc[i][j]);
+      }
     }
   }
   DSOPT_UNROLL
@@ -59,27 +62,31 @@ void panel_tile(const float* a, const float* panel, int64_t depth, const float* 
   }
 }
 
-// panel_tile over a whole panel and any number of rows <= kTileRows
-inline void panel_rows(int64_t rows, const float* a, const float* panel, int64_t depth, const float* keep,
-                       float* out, int64_t out_stride) {
+// panel_tile of rows <= kTileRows
+template <int VECS, bool KEEP>
+void panel_rows(int64_t rows, const float* a, const float* panel, int64_t depth, const float* keep, float* out,
+                int64_t out_stride) {
   switch (rows) {
-    case 1: return panel_tile<1, kTileVecs>(a, panel, depth, keep, out, out_stride);
-    case 2: return panel_tile<2, kTileVecs>(a, panel, depth, keep, out, out_stride);
-    case 3: return panel_tile<3, kTileVecs>(a, panel, depth, keep, out, out_stride);
-    case 4: return panel_tile<4, kTileVecs>(a, panel, depth, keep, out, out_stride);
-    case 5: return panel_tile<5, kTileVecs>(a, panel, depth, keep, out, out_stride);
-    case 6: return panel_tile<6, kTileVecs>(a, panel, depth, keep, out, out_stride);
+    case 1: return panel_tile<1, VECS, KEEP>(a, panel, depth, keep, out, out_stride);
+    case 2: return panel_tile<2, VECS, KEEP>(a, panel, depth, keep, out, out_stride);
+    case 3: return panel_tile<3, VECS, KEEP>(a, panel, depth, keep, out, out_stride);
+    case 4: return panel_tile<4, VECS, KEEP>(a, panel, depth, keep, out, out_stride);
+    case 5: return panel_tile<5, VECS, KEEP>(a, panel, depth, keep, out, out_stride);
+    case 6: return panel_tile<6, VECS, KEEP>(a, panel, depth, keep, out, out_stride);
   }
 }
 
-// panel_rows over a left operand of any depth
-inline void panel_product(int64_t rows, const float* a, const float* panel, int64_t depth, float* out,
-                          int64_t out_stride) {
-  constexpr float ones[kTileRows] = {1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f};
-  for (int64_t k = 0; k == 0 || k < depth; k += kSlice) {
-    panel_rows(rows, a + tile_at(0, k), panel + k * kPanel, min(kSlice, depth - k), k ? ones : nullptr, out,
-               out_stride);
-  }
+// out[i][:] = sum_k a[i][k] * panel[k][:] for at least the first `columns` columns
+inline void panel_product(int64_t rows, const float* a, const float* panel, int64_t depth, int64_t columns,
+                          float* out, int64_t out_stride) {
+  const auto product = columns > kPanel / 2 ? panel_rows<kTileVecs, false> : panel_rows<kTileVecs / 2, false>;
+  product(rows, a, panel, depth, nullptr, out, out_stride);
+}
+
+// out[i][:] = out[i][:] * keep[i] + sum_k a[i][k] * panel[k][:]
+inline void panel_sum(int64_t rows, const float* a, const float* panel, int64_t depth, const float* keep, float* out,
+                      int64_t out_stride) {
+  panel_rows<kTileVecs, true>(rows, a, panel, depth, keep, out, out_stride);
 }
 
 // [a0, b0, a1, b1, ...] of the first half of the lanes, and of the second
@@ -108,27 +115,27 @@ DSOPT_INLINE Vec riffle_high(Vec a, Vec b) {
 }
 #undef DSOPT_PICK
 
-// to[c][r] = from[r][c] for r < rows <= kLanes, c < columns <= kLanes; to[c][r] = 0 for the other r < kLanes
+// to[c][r] = from[r][c] for r < kLanes, c < columns; `from` has kLanes columns at least
 template <class T>
-DSOPT_INLINE void transpose_block(const T* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
+DSOPT_INLINE void transpose_block(const T* from, int64_t from_stride, int64_t columns, float* to,
                                   int64_t to_stride) {
-  Vec m[2][kLanes];
-  for (int r = 0; r < kLanes; ++r) {
-    m[0][r] = r >= rows          ? Vec{}
-              : columns >= kLanes ? load(from + r * from_stride)
-                                  : load_some(from + r * from_stride, columns);
-  }
-  int at = 0;
+  Vec a[kLanes], b[kLanes];
+  DSOPT_UNROLL
+  for (int r = 0; r < kLanes; ++r) a[r] = load(from + r * from_stride);
   DSOPT_UNROLL
   for (int n = 1; n < kLanes; n *= 2) {
     DSOPT_UNROLL
     for (int r = 0; r < kLanes / 2; ++r) {
-      m[1 - at][2 * r] = riffle_low(m[at][r], m[at][r + kLanes / 2]);
-      m[1 - at][2 * r + 1] = riffle_high(m[at][r], m[at][r + kLanes / 2]);
+      b[2 * r] = riffle_low(a[r], a[r + kLanes / 2]);
+      b[2 * r + 1] = riffle_high(a[r], a[r + kLanes / 2]);
     }
-    at = 1 - at;
+    DSOPT_UNROLL
+    for (int r = 0; r < kLanes; ++r) a[r] = b[r];
   }
-  for (int c = 0; c < min(columns, kLanes); ++c) store(to + c * to_stride, m[at][c]);
+  DSOPT_UNROLL
+  for (int c = 0; c < kLanes; ++c) {
+    if (c < columns) store(to + c * to_stride, a[c]);
+  }
 }
 
 // panels of columns r from a matrix whose rows they are: panel[r / kPanel][c][r % kPanel] = from[r][c], zero from
@@ -138,7 +145,18 @@ void pack_panels(const T* from, int64_t from_stride, int64_t rows, int64_t colum
   for (int64_t r = 0; r < round_up(rows, kPanel); r += kLanes) {
     float* panel = to + r / kPanel * depth * kPanel + r % kPanel;
     for (int64_t c = 0; c < columns; c += kLanes) {
-      transpose_block(from + r * from_stride + c, from_stride, rows - r, columns - c, panel + c * kPanel, kPanel);
+      if (r + kLanes <= rows && c + kLanes <= columns) {
+        const T* block = from + r * from_stride + c;
+        for (int64_t i = kLanes; i < min(rows - r, 2 * kLanes); ++i) __builtin_prefetch(block + i * from_stride);
+        transpose_block(block, from_stride, kLanes, panel + c * kPanel, kPanel);
+        continue;
+      }
+      T part[kLanes * kLanes] = {};
+      const int64_t width = min(columns - c, kLanes);
+      for (int64_t i = 0; i < min(rows - r, kLanes); ++i) {
+        for (int64_t j = 0; j < width; ++j) part[i * kLanes + j] = from[(r + i) * from_stride + c + j];
+      }
+      transpose_block(part, kLanes, width, panel + c * kPanel, kPanel);
     }
   }
 }

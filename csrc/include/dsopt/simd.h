@@ -53,7 +53,16 @@ DSOPT_INLINE Vec splat(float x) {
 #endif
 }
 
-DSOPT_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+// b where one of them is NaN
+DSOPT_INLINE Vec max(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_max_ps(0xffff, a, b);  // without the mask GCC 12 warns of its own header
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
 DSOPT_INLINE float max(float a, float b) { return a > b ? a : b; }
 DSOPT_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 DSOPT_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -153,23 +162,35 @@ DSOPT_INLINE Vec add_pairs(Vec a, Vec b) {
   return DSOPT_PICK(0, 2, 4, 6) + DSOPT_PICK(1, 3, 5, 7);
 #endif
 }
+
+// like add_pairs, the larger of each pair
+DSOPT_INLINE Vec max_pairs(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return max(DSOPT_PICK(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
+             DSOPT_PICK(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31));
+#elif defined(__AVX2__)
+  return max(DSOPT_PICK(0, 2, 4, 6, 8, 10, 12, 14), DSOPT_PICK(1, 3, 5, 7, 9, 11, 13, 15));
+#else
+  return max(DSOPT_PICK(0, 2, 4, 6), DSOPT_PICK(1, 3, 5, 7));
+#endif
+}
 #undef DSOPT_PICK
+
+DSOPT_INLINE float max(Vec v) {
+  for (int n = kLanes; n > 1; n /= 2) v = max_pairs(v, v);
+  return v[0];
+}
 
 DSOPT_INLINE float sum(Vec v) {
   for (int n = kLanes; n > 1; n /= 2) v = add_pairs(v, v);
   return v[0];
 }
 
-DSOPT_INLINE float max(Vec v) {
-  float m = v[0];
-  for (int i = 1; i < kLanes; ++i) m = max(m, v[i]);
-  return m;
-}
 
 // e^x for x <= 0, within 2 units in the last place; 0 below -87; NaN stays NaN
 DSOPT_INLINE Vec exp_nonpositive(Vec x) {
   const Vec low = splat(-87.0f);
-  const Vec y = x < low ? low : x;
+  const Vec y = max(low, x);
   // adding 1.5 * 2^23 rounds to an integer n and leaves it in the low bits: e^y = 2^n e^r, |r| <= ln(2) / 2
   const Vec shifted = madd(y, splat(1.44269504f), splat(12582912.0f));
   const Vec n = shifted - 12582912.0f;
