@@ -22,6 +22,7 @@ from dsopt.lower import fuses, lower
 from dsopt.op import backends, disabled_backends
 from dsopt.ops import OPS
 from dsopt.pipeline import available_passes, dump, fuel, run_pipeline
+from dsopt.replay import Replay, cannot_replay
 from dsopt.report import GRAPHS, GraphReport
 from dsopt.rewrite import site
 from dsopt.spell import spell
@@ -35,6 +36,7 @@ class Options:
     passes: names of the passes to run, in order, instead of the whole pipeline.
     fallback: what compiles a graph that dsopt leaves alone: "inductor" (default) or "eager".
     strict: raise when dsopt fails on a graph, instead of falling back or leaving out the pass that failed.
+    replay: make the native calls of a graph of fixed shapes again by address, see `dsopt.replay`.
     prepare: let `dsopt.compile` batch Python loops over experts, see there. torch.compile alone cannot: it has
         traced the loop by the time a backend is called.
     """
@@ -43,11 +45,12 @@ class Options:
     passes: Sequence[str] | None = None
     fallback: str = "inductor"
     strict: bool = False
+    replay: bool = True
     prepare: bool = True
 
     def __post_init__(self):
         _typed("kernels", self.kernels, Mapping, "a mapping of op names to backends")
-        for name in ("strict", "prepare"):
+        for name in ("strict", "replay", "prepare"):
             _typed(name, getattr(self, name), bool, "True or False")
         if self.passes is not None:
             wanted = "a sequence of pass names or None"
@@ -188,7 +191,8 @@ def _optimize(
     dump(graph, f"{report.name}.lowered")
     report.ran = ran(graph)
     spell(graph)
-    return graph.forward
+    report.not_replayed = cannot_replay(graph) if choices.replay else "options say so"
+    return Replay(graph) if report.not_replayed is None else graph.forward
 
 
 def _rewrite(graph: GraphModule, choices: Options, report: GraphReport) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -20,7 +21,7 @@ from dsopt.capture import storage_key
 aten = torch.ops.aten
 
 # calls that look at a tensor's size, dtype or device, never at its values
-_METADATA_ONLY = {
+METADATA_ONLY = {
     aten.new_empty.default,
     aten.new_zeros.default,
     aten.new_ones.default,
@@ -49,12 +50,17 @@ class Effects:
     sinks: tuple[Versions, ...]
 
 
+def overload(node: Node) -> Any:
+    """The ATen operator that a call stands for, also where lowering spelled it otherwise."""
+    return node.meta.get("aten", node.target)
+
+
 def written(node: Node) -> list[Node]:
     """The arguments a call writes to."""
-    if node.op != "call_function" or not hasattr(node.target, "_schema"):
+    if node.op != "call_function" or not hasattr(overload(node), "_schema"):
         return []
     found = []
-    for i, arg in enumerate(node.target._schema.arguments):
+    for i, arg in enumerate(overload(node)._schema.arguments):
         if arg.alias_info is None or not arg.alias_info.is_write:
             continue
         value = node.args[i] if i < len(node.args) and not arg.kwarg_only else node.kwargs.get(arg.name)
@@ -71,10 +77,10 @@ def is_impure(node: Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return getattr(node.target, "__module__", "") not in ("_operator", "operator", "math")
-    return not schema.returns or _draws(node)
+    return not schema.returns or draws(node)
 
 
-def _draws(node: Node) -> bool:
+def draws(node: Node) -> bool:
     """True for calls that advance the random generator; an attention without dropout may but does not."""
     if torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False
@@ -240,7 +246,7 @@ def effects(gm: GraphModule) -> Effects:
             continue
         targets = written(node)
         is_view = not targets and any(True for _ in _aliased(node))
-        if is_view or node.target in _METADATA_ONLY or node in inputs:
+        if is_view or node.target in METADATA_ONLY or node in inputs:
             continue
         read = frozenset().union(*(seen(x) for x in node.all_input_nodes))
         for base in frozenset().union(*(base_of[t] for t in targets)):

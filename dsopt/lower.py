@@ -56,6 +56,7 @@ def lower(
         if hasattr(choice.fn, "refresh"):
             use.refreshers.append(choice.fn.refresh)
         node.target, node.meta["op"], node.meta["kernel"] = _named(choice.fn, use.kernel), op, use.kernel
+        node.meta["records"] = choice.kernel.records
         node.meta["choice"] = choice.kernel.label, choice.refused
         node.args, node.kwargs = args, {}
     if guard_count(gm) != guards:

@@ -110,6 +110,8 @@ class Kernel:
     dtypes: dtypes of the first argument it accepts; empty for any.
     priority: kernels are tried from the highest to the lowest.
     name: what the report calls it.
+    records: whether all it computes is computed by ATen and by functions of `dsopt._cpu`, whose calls a
+        `_cpu.Program` can keep.
     """
 
     op: str
@@ -120,6 +122,7 @@ class Kernel:
     dtypes: frozenset[torch.dtype] = frozenset()
     priority: int = 0
     name: str = ""
+    records: bool = False
 
     @property
     def label(self) -> str:

@@ -65,6 +65,7 @@ class GraphReport:
 
     counted: places of the sites by family, counted independently of the passes; ran: what runs where instead.
     cached: whether it came from the cache of an earlier process; uncached: why it could not be kept there.
+    not_replayed: why its runs are not made again by address (`dsopt.replay`).
     """
 
     name: str
@@ -77,6 +78,7 @@ class GraphReport:
     compile_s: float = 0.0
     cached: bool = False
     uncached: str | None = None
+    not_replayed: str | None = None
     fallback: str | None = None
 
     def matched(self) -> dict[str, tuple[int, int]]:
@@ -104,6 +106,7 @@ class GraphReport:
             "compile_s": round(self.compile_s, 3),
             "cached": self.cached,
             "uncached": self.uncached,
+            "not_replayed": self.not_replayed,
         }
 
 

@@ -6,6 +6,7 @@
 #include <array>
 
 #include "dsopt/kernels.h"
+#include "dsopt/program.h"
 #include "dsopt/runtime.h"
 
 namespace py = pybind11;
@@ -34,6 +35,32 @@ using Stack4 = std::pair<uintptr_t, std::array<int64_t, 4>>;
 Tensor3 tensor(const Stack3& t) { return {pointer(t.first), t.second[0], t.second[1]}; }
 Tensor4 tensor(const Stack4& t) { return {pointer(t.first), t.second[0], t.second[1], t.second[2]}; }
 
+// Makes a call of a kernel, and keeps it if a program is being recorded.
+template <class Call>
+void launch(const Call& call) {
+  prepare();
+  if (Program* program = Program::recording()) program->add(call);
+  py::gil_scoped_release nogil;
+  call();
+  trim_scratch();
+}
+
+void register_program(py::module_& m) {
+  py::class_<Program>(m, "Program",
+                      "Kernel calls made on this thread inside `with program:`, which program() makes again.\n\n"
+                      "The calls keep addresses only: whoever makes them again answers for the memory behind.")
+      .def(py::init<>())
+      .def("__enter__", [](Program& p) { p.begin(); }, "RuntimeError if this thread is recording another one.")
+      .def("__exit__", [](Program& p, const py::args&) { p.end(); })
+      .def("__len__", &Program::size)
+      .def("extend", &Program::extend, "Appends another program's calls.")
+      .def("__call__", [](const Program& p) {
+        prepare();
+        py::gil_scoped_release nogil;
+        p.run();
+      });
+}
+
 void register_isa(py::module_& m) {
   m.def("isas", &isa_names, "Instruction sets this processor can run, least first.");
   m.def("isa", [] { return isa_name(active_isa()); }, "The instruction set in use.");
@@ -48,9 +75,7 @@ void register_rms_norm(py::module_& m) {
          int64_t hidden, int64_t x_stride, int64_t residual_stride, float eps, bool bfloat16) {
         const RmsNorm args{pointer(x), pointer(residual), pointer(weight), writable(out), writable(total), rows,
                            hidden, x_stride, residual_stride, eps, bfloat16 ? Dtype::bfloat16 : Dtype::float32};
-        prepare();
-        py::gil_scoped_release nogil;
-        rms_norm(args);
+        launch([args] { rms_norm(args); });
       },
       "RMS norm of rows x hidden elements; residual, weight and total may be 0.");
 }
@@ -72,10 +97,7 @@ void register_mla_attention(py::module_& m) {
                                   tensor(q_nope), tensor(q_rope), tensor(latent), tensor(k_rope), tensor(w_uk),
                                   tensor(w_uv), tensor(mask), writable(out), scale, hidden, mask_kind,
                                   bfloat16 ? Dtype::bfloat16 : Dtype::float32, causal};
-          prepare();
-          py::gil_scoped_release nogil;
-          kernel(args);
-          trim_scratch();
+          launch([kernel, args] { kernel(args); });
         },
         doc);
   };
@@ -94,10 +116,7 @@ void register_attention(py::module_& m) {
                                     tensor(q), tensor(k), tensor(v), tensor(mask), mask_heads,
                                     static_cast<const float*>(pointer(sinks)), writable(out), scale, hidden,
                                     mask_kind, bfloat16 ? Dtype::bfloat16 : Dtype::float32, causal};
-        prepare();
-        py::gil_scoped_release nogil;
-        attention(args);
-        trim_scratch();
+        launch([args] { attention(args); });
       },
       "Attention. sizes: batch, heads, kv_heads, tokens, cached, width, value, mask_heads; sinks may be 0.");
 }
@@ -133,10 +152,7 @@ void register_moe_experts(py::module_& m) {
                               static_cast<const int64_t*>(tensor(ids).data), ids[1], ids[2],
                               static_cast<const float*>(tensor(weights).data), weights[1], weights[2], mlps(routed),
                               mlps(shared), writable(out), bfloat16 ? Dtype::bfloat16 : Dtype::float32};
-        prepare();
-        py::gil_scoped_release nogil;
-        moe_experts(args);
-        trim_scratch();
+        launch([args] { moe_experts(args); });
       },
       "Experts and a shared MLP. sizes: tokens, hidden, out_hidden, topk, num_experts.");
 }
@@ -152,13 +168,14 @@ void register_multi_linear(py::module_& m) {
           all.push_back({pointer(static_cast<uintptr_t>(data)), stride, out_features,
                          pointer(static_cast<uintptr_t>(bias)), writable(static_cast<uintptr_t>(out))});
         }
-        const MultiLinear args{tokens, in_features, static_cast<int64_t>(all.size()), pointer(x), x_stride, all.data(),
+        const MultiLinear args{tokens, in_features, static_cast<int64_t>(all.size()), pointer(x), x_stride, nullptr,
                                bfloat16 ? Dtype::bfloat16 : Dtype::float32,
                                bfloat16_out ? Dtype::bfloat16 : Dtype::float32};
-        prepare();
-        py::gil_scoped_release nogil;
-        multi_linear(args);
-        trim_scratch();
+        launch([args, all = std::move(all)] {
+          MultiLinear call = args;
+          call.weights = all.data();
+          multi_linear(call);
+        });
       },
       "Linear layers of one input. weights: address, row stride, out_features, bias or 0, out of each.");
 }
@@ -178,41 +195,37 @@ void register_moe_route(py::module_& m) {
                             static_cast<float*>(writable(weights)), static_cast<int64_t*>(writable(ids)), tokens,
                             num_experts, topk, num_groups, topk_groups, outside, eps, scale, scoring, top2,
                             renormalize, bfloat16 ? Dtype::bfloat16 : Dtype::float32};
-        prepare();
-        py::gil_scoped_release nogil;
-        moe_route(args);
+        launch([args] { moe_route(args); });
       },
       "Choice of experts. sizes: tokens, num_experts, topk, num_groups, topk_groups.");
 }
 
 void register_rope(py::module_& m) {
-  using Table = std::pair<uintptr_t, std::array<int64_t, 3>>;
   m.def(
       "rope",
-      [](const std::array<int64_t, 4>& sizes, const Table& x, const Table& cos, const Table& sin, uintptr_t out,
+      [](const std::array<int64_t, 4>& sizes, const Stack3& x, const Stack4& cos, const Stack4& sin, uintptr_t out,
          bool interleaved_in, bool interleaved_out, bool full_tables, bool bfloat16, bool bfloat16_tables) {
         Rope args{};
         std::copy(sizes.begin(), sizes.end(), args.sizes);
         args.x = pointer(x.first), args.cos = pointer(cos.first), args.sin = pointer(sin.first);
         std::copy(x.second.begin(), x.second.end(), args.x_strides);
-        std::copy(cos.second.begin(), cos.second.end(), args.cos_strides);
-        std::copy(sin.second.begin(), sin.second.end(), args.sin_strides);
+        std::copy_n(cos.second.begin(), 3, args.cos_strides), args.cos_next = cos.second[3];
+        std::copy_n(sin.second.begin(), 3, args.sin_strides), args.sin_next = sin.second[3];
         args.out = writable(out);
         args.interleaved_in = interleaved_in, args.interleaved_out = interleaved_out;
         args.full_tables = full_tables;
         args.dtype = bfloat16 ? Dtype::bfloat16 : Dtype::float32;
         args.table_dtype = bfloat16_tables ? Dtype::bfloat16 : Dtype::float32;
-        prepare();
-        py::gil_scoped_release nogil;
-        rope(args);
+        launch([args] { rope(args); });
       },
-      "Rotary embedding. sizes: three outer dimensions and the width; x, cos, sin: address and outer strides.");
+      "Rotary embedding. sizes: three outer dimensions and the width; x: address and outer strides; cos, sin: address and strides.");
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
   register_isa(m);
+  register_program(m);
   register_rms_norm(m);
   register_mla_attention(m);
   register_attention(m);

@@ -10,6 +10,12 @@
     allocation = allocating - empty   an empty tensor for each result, and giving its memory back
     kernels    = inner - allocating   what is left: ATen's and dsopt's kernels, their own Python and scratch memory too
 
+A graph whose runs are made again by address (`dsopt.replay`) has no such variants. Its native calls can be made alone:
+
+    kernels    = native               what dsopt's kernels compute
+    python     = inner - native       the check of addresses, and all that ATen computes
+    allocation = 0                    results keep their memory
+
 The four sum up to the whole. Views stay in the graph in every variant, for they compute nothing. The variants take
 turns, and each figure is the fastest of many calls: what other processes add would not cancel in a difference. At
 tiny widths the kernels have next to nothing to do, so there the whole is an upper bound of what a step of that many
@@ -29,6 +35,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from dsopt.backend import dsopt_backend
 from dsopt.bench.clock import medians
 from dsopt.capture import flat
+from dsopt.replay import Replay
 
 PARTS = ("guards", "python", "allocation", "kernels")
 
@@ -81,30 +88,33 @@ def breakdown(
     graph = lowered_graph(fn)
     rewind()
     results = _results(graph, args)
-    empty = _variant(graph, results, _handing_out)
-    allocating = _variant(graph, results, _allocating)
 
     def arguments() -> tuple:
         rewind()
         return args
 
-    fns = {
-        "whole": lambda *_: step(),
-        "inner": fn,
-        "allocating": allocating.forward,
-        "empty": empty.forward,
-    }
+    fns: dict[str, Callable] = {"whole": lambda *_: step(), "inner": fn}
+    if replayed := isinstance(fn.fn, Replay) and bool(fn.fn.programs):
+        fns["native"] = lambda *_: [program() for program in fn.fn.programs]
+    else:
+        fns["allocating"] = _variant(graph, results, _allocating).forward
+        fns["empty"] = _variant(graph, results, _handing_out).forward
     for variant in fns.values():
         variant(*arguments())
     seconds = {
         name: timing.fastest for name, timing in medians(fns, arguments, budget, max_rounds=1000).items()
     }
-    parts = {
-        "guards": seconds["whole"] - seconds["inner"],
-        "python": seconds["empty"],
-        "allocation": seconds["allocating"] - seconds["empty"],
-        "kernels": seconds["inner"] - seconds["allocating"],
-    }
+    parts = {"guards": seconds["whole"] - seconds["inner"]}
+    if replayed:
+        parts |= {
+            "python": seconds["inner"] - seconds["native"],
+            "allocation": 0.0,
+            "kernels": seconds["native"],
+        }
+    else:
+        parts["python"] = seconds["empty"]
+        parts["allocation"] = seconds["allocating"] - seconds["empty"]
+        parts["kernels"] = seconds["inner"] - seconds["allocating"]
     calls = sum(n.op == "call_function" and n.target is not operator.getitem for n in graph.graph.nodes)
     return Breakdown(seconds["whole"], parts, len(results), calls - len(results))
 
@@ -115,7 +125,7 @@ def lowered_graph(fn: Callable | None) -> GraphModule:
         raise RuntimeError("no graph ran: the model was not compiled with the recorder, or ran eager")
     if not fn.report.kernels:
         raise RuntimeError(f"dsopt left the graph alone: {fn.report.fallback}")
-    graph = getattr(fn.fn, "__self__", None)
+    graph = fn.fn.graph if isinstance(fn.fn, Replay) else getattr(fn.fn, "__self__", None)
     if not isinstance(graph, GraphModule):
         raise RuntimeError(f"what dsopt compiled to is {type(fn.fn).__name__}, not a method of an FX graph")
     return graph

@@ -25,5 +25,14 @@ def _check(x, residual, weight, eps):
 
 
 KERNELS = (
-    Kernel("add_rms_norm", "cpu", plan(_add_rms_norm), _check, device="cpu", dtypes=DTYPES, priority=20),
+    Kernel(
+        "add_rms_norm",
+        "cpu",
+        plan(_add_rms_norm),
+        _check,
+        device="cpu",
+        dtypes=DTYPES,
+        priority=20,
+        records=True,
+    ),
 )

@@ -102,4 +102,8 @@ def _check(q, k, v, mask, scale, is_causal=False, sinks=None):
     return check_mask(mask, q, heads)
 
 
-KERNELS = (Kernel("attention", "cpu", plan(attention), _check, device="cpu", dtypes=DTYPES, priority=20),)
+KERNELS = (
+    Kernel(
+        "attention", "cpu", plan(attention), _check, device="cpu", dtypes=DTYPES, priority=20, records=True
+    ),
+)

@@ -81,4 +81,8 @@ def _check(x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation, limit) -> 
     )
 
 
-KERNELS = (Kernel("gated_mlp", "cpu", plan(gated_mlp), _check, device="cpu", dtypes=DTYPES, priority=20),)
+KERNELS = (
+    Kernel(
+        "gated_mlp", "cpu", plan(gated_mlp), _check, device="cpu", dtypes=DTYPES, priority=20, records=True
+    ),
+)

@@ -175,5 +175,6 @@ KERNELS = (
         device="cpu",
         dtypes=DTYPES,
         priority=20,
+        records=True,
     ),
 )

@@ -157,4 +157,15 @@ def check_weights(
     return None
 
 
-KERNELS = (Kernel("moe_experts", "cpu", plan(moe_experts), _check, device="cpu", dtypes=DTYPES, priority=20),)
+KERNELS = (
+    Kernel(
+        "moe_experts",
+        "cpu",
+        plan(moe_experts),
+        _check,
+        device="cpu",
+        dtypes=DTYPES,
+        priority=20,
+        records=True,
+    ),
+)

@@ -72,4 +72,8 @@ def _check(logits, topk, scoring, bias, num_groups, topk_groups, group_score, *r
     return None
 
 
-KERNELS = (Kernel("moe_route", "cpu", plan(moe_route), _check, device="cpu", dtypes=DTYPES, priority=20),)
+KERNELS = (
+    Kernel(
+        "moe_route", "cpu", plan(moe_route), _check, device="cpu", dtypes=DTYPES, priority=20, records=True
+    ),
+)

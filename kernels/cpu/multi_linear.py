@@ -89,5 +89,14 @@ def _check(x, weights, biases, dtype=None) -> str | None:
 
 
 KERNELS = (
-    Kernel("multi_linear", "cpu", plan(multi_linear), _check, device="cpu", dtypes=DTYPES, priority=20),
+    Kernel(
+        "multi_linear",
+        "cpu",
+        plan(multi_linear),
+        _check,
+        device="cpu",
+        dtypes=DTYPES,
+        priority=20,
+        records=True,
+    ),
 )

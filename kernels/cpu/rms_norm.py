@@ -71,4 +71,8 @@ def _check(x, weight, eps):
     return check_norm(x, weight)
 
 
-KERNELS = (Kernel("rms_norm", "cpu", plan(_rms_norm), _check, device="cpu", dtypes=DTYPES, priority=20),)
+KERNELS = (
+    Kernel(
+        "rms_norm", "cpu", plan(_rms_norm), _check, device="cpu", dtypes=DTYPES, priority=20, records=True
+    ),
+)

@@ -14,7 +14,7 @@ def rope(
     out = empty_like(x)
     if not out.numel():
         return out
-    x, cos, sin = (t if dense_rows(t) else t.contiguous() for t in (x, cos, sin))
+    x = x if dense_rows(x) else x.contiguous()
     shape, missing = x.shape, 4 - x.ndim
     of_tables = (*shape[:-1], cos.shape[-1])
     cos_strides, sin_strides = spread(cos, of_tables), spread(sin, of_tables)
@@ -26,8 +26,8 @@ def rope(
     _cpu.rope(
         (*(1,) * missing, *shape),
         (x.data_ptr(), (*outer, *x.stride()[:-1])),
-        (cos.data_ptr(), (*outer, *cos_strides[:-1])),
-        (sin.data_ptr(), (*outer, *sin_strides[:-1])),
+        (cos.data_ptr(), (*outer, *cos_strides)),
+        (sin.data_ptr(), (*outer, *sin_strides)),
         out.data_ptr(),
         interleaved_in,
         interleaved_out,
@@ -50,4 +50,4 @@ def _check(x, cos, sin, interleaved_in, interleaved_out) -> str | None:
     return None
 
 
-KERNELS = (Kernel("rope", "cpu", plan(rope), _check, device="cpu", dtypes=DTYPES, priority=20),)
+KERNELS = (Kernel("rope", "cpu", plan(rope), _check, device="cpu", dtypes=DTYPES, priority=20, records=True),)

@@ -1,5 +1,6 @@
 """The parts of a step: what takes the place of kernels computes nothing, and the parts sum up to the whole."""
 
+import importlib.util
 import operator
 
 import pytest
@@ -8,6 +9,7 @@ from torch.fx import symbolic_trace
 
 from dsopt.bench import overhead
 from dsopt.bench.overhead import PARTS, Recorder, breakdown
+from dsopt.replay import Replay
 
 aten = torch.ops.aten
 
@@ -58,16 +60,22 @@ def norms(fresh_dynamo):
     return torch.nn.Sequential(norm, torch.nn.Linear(8, 8), norm)
 
 
-def test_parts_sum_up_to_the_whole(norms):
-    recorder, rewound = Recorder(), []
+@pytest.mark.parametrize("kernels", ["cpu", "torch"])
+def test_parts_sum_up_to_the_whole(norms, kernels):
+    recorder, rewound = Recorder({"kernels": {"*": kernels}}), []
     fast = torch.compile(norms, backend=recorder)
     with torch.inference_mode():
         x = torch.randn(2, 8)
         found = breakdown(lambda: fast(x), recorder, lambda: rewound.append(0), budget=0)
     assert set(found.parts) == set(PARTS)
     assert sum(found.parts.values()) == pytest.approx(found.whole)
-    assert found.parts["python"] > 0 and found.computing == 3
-    assert len(rewound) >= 3 + 4 + 4 * 3, "before each call"
+    assert found.computing == 3
+    replayed = isinstance(recorder.fn.fn, Replay)
+    native = importlib.util.find_spec("dsopt._cpu") is not None
+    assert replayed == (native and kernels == "cpu")
+    assert (found.parts["allocation"] == 0) == replayed
+    variants = 3 if replayed else 4
+    assert len(rewound) >= 3 + variants + variants * 3, "before each call"
     assert found.to_dict()["kernels"] == found.parts["kernels"]
 
 

@@ -127,8 +127,9 @@ struct MoeRoute {
 struct Rope {
   int64_t sizes[4];          // three outer dimensions and dim
   const void* x;             // elements of a row are neighbours
-  const void *cos, *sin;     // likewise; rows of dim, or of dim / 2
+  const void *cos, *sin;     // rows of dim, or of dim / 2
   int64_t x_strides[3], cos_strides[3], sin_strides[3];
+  int64_t cos_next, sin_next;  // from one element of a row to the next
   void* out;                 // dense
   bool interleaved_in, interleaved_out;
   bool full_tables;          // rows of dim
