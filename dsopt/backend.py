@@ -192,7 +192,7 @@ def _optimize(
     report.ran = ran(graph)
     spell(graph)
     report.not_replayed = cannot_replay(graph) if choices.replay else "options say so"
-    return Replay(graph) if report.not_replayed is None else graph.forward
+    return Replay(graph, report) if report.not_replayed is None else graph.forward
 
 
 def _rewrite(graph: GraphModule, choices: Options, report: GraphReport) -> None:

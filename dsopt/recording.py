@@ -23,6 +23,9 @@ from dsopt.effects import METADATA_ONLY, overload, written
 
 aten = torch.ops.aten
 
+# Intermediate results are kept between runs; those of more than a few tokens take longer than what calling costs.
+MAX_BYTES = 16 << 20
+
 _ALLOCATES = {aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default}
 # functions that take the memory for their result
 _OUT = {
@@ -42,12 +45,13 @@ _OUT = {
 class Recording:
     """run: a graph's inputs -> its outputs, all of them new. checked: the inputs whose addresses it is bound to.
 
-    written: inputs whose memory the graph writes to. programs: the native calls, which `run` makes.
+    written, returned: inputs whose memory the graph writes to, and returns. programs: the native calls of `run`.
     """
 
     run: Callable[..., Any]
     checked: frozenset[int]
     written: frozenset[int]
+    returned: frozenset[int]
     programs: tuple[Callable[[], None], ...]
 
 
@@ -68,7 +72,7 @@ def record(
 ) -> tuple[Any, Recording | str]:
     """The outputs of one run of a lowered graph, and how to run it again with inputs of the same layout, or why not.
 
-    copied: inputs that are taken from a copy, as they lie elsewhere in each run; the graph must not write to them.
+    copied: inputs that are taken from a copy, as they lie elsewhere in each run; none that it writes or returns.
     """
     steps = _run(graph, args, copied)
     (output,) = graph.graph.find_nodes(op="output")
@@ -84,8 +88,19 @@ def storages(value: Any) -> set[int]:
     return {x.untyped_storage().data_ptr() for x in _tensors(value)}
 
 
+def _is_view(value: Any, args: Any) -> bool:
+    """Whether there are tensors in a value and all of them lie in the memory of arguments."""
+    return bool(_tensors(value)) and storages(value) <= storages(args)
+
+
 def _tensors(value: Any) -> list[torch.Tensor]:
     return [x for x in flat(value) if isinstance(x, torch.Tensor)]
+
+
+def _nbytes(tensors: Sequence[torch.Tensor]) -> int:
+    """Bytes of the memory behind some tensors, each counted once."""
+    memory = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    return sum(memory.values())
 
 
 class _Watch(TorchDispatchMode):
@@ -100,7 +115,7 @@ class _Watch(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func in _ALLOCATES:
             self.allocated.append(result)
-        elif func._schema.is_mutable or not storages(result) <= storages(args):
+        elif func._schema.is_mutable or not _is_view(result, args):
             self.computes = True
         return result
 
@@ -127,7 +142,7 @@ def _run(graph: GraphModule, args: Sequence[torch.Tensor], copied: Collection[in
                 steps[node] = _Step(value, None if watch.computes else program, kept=watch.allocated)
                 continue
             value, memory = node.target(*given, **kwargs), storages((given, kwargs))
-            is_view = bool(_tensors(value)) and storages(value) <= memory and not written(node)
+            is_view = _is_view(value, (given, kwargs)) and not written(node)
             if not is_view:  # later runs write to it, whatever their mode
                 value = map_tensors(lambda x, memory=memory: x if storages(x) <= memory else _own(x), value)
             steps[node] = _Step(value, is_view=is_view)
@@ -153,7 +168,8 @@ class _Writer:
         # memory of the caller's, which may not be held, and of copies
         self.outside = storages([steps[n].value for n in self.placeholders])
         (output,) = graph.graph.find_nodes(op="output")
-        self.leaving = storages(steps[output].value) - self.outside - self.attributes
+        self.returned = storages(steps[output].value)
+        self.leaving = self.returned - self.outside - self.attributes
         self.written = storages([steps[a].value for n in graph.graph.nodes for a in written(n)])
         self.fresh = self._fresh()
         self.used = self._used()
@@ -162,7 +178,7 @@ class _Writer:
         self.segment: Any = None
         self.programs: list[Any] = []
 
-    def recording(self) -> Recording:
+    def recording(self) -> Recording | str:
         checked: set[int] = set()
         kept: list[Any] = []
         for node, step in self.steps.items():
@@ -179,12 +195,16 @@ class _Writer:
                 if not step.is_view and self._is_constant(node):
                     continue
             self._call(node)
+        if (size := _nbytes(kept)) > MAX_BYTES:
+            return f"intermediate results of {size >> 20} MiB are too much to keep between runs"
         (output,) = self.graph.graph.find_nodes(op="output")
         self._flush()
         self.lines.append(f"return {self._expression(output.args[0])}")
         self.scope["kept"] = kept
         return Recording(
-            self._compiled(), self._inputs_in(checked), self._inputs_in(self.written), tuple(self.programs)
+            self._compiled(),
+            *map(self._inputs_in, (checked, self.written, self.returned)),
+            tuple(self.programs),
         )
 
     def _fresh(self) -> set[Node]:

@@ -11,10 +11,9 @@ import torch
 from torch.fx import GraphModule
 
 from dsopt.capture import flat
-from dsopt.recording import record, storages
+from dsopt.recording import MAX_BYTES, Recording, record, storages
+from dsopt.report import GraphReport
 
-# Intermediate results are kept between runs; those of more than a few tokens take longer than what calling costs.
-MAX_BYTES = 16 << 20
 # An input of at most this many bytes that lies elsewhere in each run is copied to where the kernels expect it.
 MAX_COPY = 64 << 10
 # Caches that take turns, each with addresses of its own.
@@ -55,22 +54,23 @@ class Replay:
     code instead.
     """
 
-    def __init__(self, graph: GraphModule):
+    def __init__(self, graph: GraphModule, report: GraphReport):
         self.graph = graph
-        self.stopped: str | None = None  # why it does not record any more
+        self.report = report  # is told why, where nothing is recorded any more
         self._code = graph.forward
         self._lock = threading.Lock()
         self._called = False
         self._recorded = 0
         self._copied: frozenset[int] = frozenset()
         self._written: frozenset[int] = frozenset()
+        self._returned: frozenset[int] = frozenset()
         self._checked: list[bool] = []
         self._last: tuple[int, ...] = ()
         self._runs: dict[tuple[int, ...], Callable[..., Any]] = {}
         self.programs: Sequence[Callable[[], None]] = ()  # the native calls of the last run recorded
 
     def __call__(self, *args):
-        if not self._called or self.stopped is not None or not self._lock.acquire(blocking=False):
+        if not self._called or self.report.not_replayed or not self._lock.acquire(blocking=False):
             self._called = True
             return self._code(*args)
         try:
@@ -99,15 +99,14 @@ class Replay:
             return self._code(*args)
         outputs, recording = record(self.graph, args, self._copied)
         self._recorded += 1
+        if isinstance(recording, Recording) and self._recorded > MAX_RECORDED:
+            recording = f"inputs lay elsewhere in {MAX_RECORDED} runs"
         if isinstance(recording, str):
-            self.stopped = recording
-        elif self._recorded > MAX_RECORDED:
-            self.stopped = f"inputs lay elsewhere in {MAX_RECORDED} runs"
-        if self.stopped is not None:
+            self.report.not_replayed = recording
             self._runs.clear()
             return outputs
         self._checked = [i in recording.checked for i in range(len(args))]
-        self._written = recording.written
+        self._written, self._returned = recording.written, recording.returned
         self._last = tuple(x.data_ptr() for x in compress(args, self._checked))
         if len(self._runs) == MAX_RECORDINGS:
             del self._runs[next(iter(self._runs))]
@@ -117,4 +116,4 @@ class Replay:
 
     def _can_copy(self, i: int, x: torch.Tensor) -> bool:
         small = x.numel() * x.element_size() <= MAX_COPY
-        return small and i not in self._written and not isinstance(x, torch.nn.Parameter)
+        return small and i not in self._written | self._returned and not isinstance(x, torch.nn.Parameter)

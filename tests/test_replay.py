@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import dsopt
+from dsopt import recording
 from dsopt.backend import dsopt_backend
 from dsopt.lower import lower
 from dsopt.replay import MAX_RECORDED, MAX_RECORDINGS, Replay, cannot_replay
@@ -77,7 +78,7 @@ def test_every_run_gives_what_the_code_gives(mode, dtype):
             assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
             assert torch.equal(cache, before)
             kept.append((got, [x.clone() for x in got]))
-    assert replay._runs and replay.stopped is None
+    assert replay._runs and replay.report.not_replayed is None
     # what earlier runs returned is the caller's
     assert all(torch.equal(a, b) for got, copies in kept for a, b in zip(got, copies, strict=True))
 
@@ -109,7 +110,7 @@ def test_caches_take_turns():
     for i in range(4 * len(caches)):
         check(fast, layer, inputs(i), caches[i % len(caches)], torch.tensor([i % 8]))
     (replay,) = graphs.replays
-    assert replay.stopped is None and len(replay._runs) == MAX_RECORDINGS
+    assert replay.report.not_replayed is None and len(replay._runs) == MAX_RECORDINGS
     recorded = replay._recorded
     for i in range(len(caches)):
         check(fast, layer, inputs(i), caches[i], torch.tensor([i]))
@@ -124,7 +125,7 @@ def test_it_stops_where_every_run_has_another_cache():
     for i, cache in enumerate(caches):
         check(fast, layer, inputs(i), cache, torch.tensor([0]))
     (replay,) = graphs.replays
-    assert "elsewhere" in replay.stopped and not replay._runs
+    assert "elsewhere" in replay.report.not_replayed and not replay._runs
 
 
 @torch.no_grad()
@@ -150,7 +151,7 @@ def test_small_inputs_that_move_are_copied():
         alive.append(inputs(i))  # a new address each time
         check(fast, layer, alive[-1], cache, torch.tensor([i % 8]))
     (replay,) = graphs.replays
-    assert len(replay._copied) == 1 and replay._recorded <= 3 and replay.stopped is None
+    assert len(replay._copied) == 1 and replay._recorded <= 3 and replay.report.not_replayed is None
 
 
 @torch.no_grad()
@@ -256,9 +257,9 @@ def test_outputs_may_be_inputs_or_views_of_them():
         return layer(x, cache, position)[0], cache, cache[:2], x
 
     fast, _ = compiled(fn)
-    cache = torch.zeros(8, WIDTH)
-    for i in range(5):
-        x = inputs(i)
+    cache, alive = torch.zeros(8, WIDTH), []
+    for i in range(6):
+        alive.append(x := inputs(i))
         _, whole, part, same = fast(x, cache, torch.tensor([i]))
         assert whole is cache and part.data_ptr() == cache.data_ptr() and part.shape == (2, WIDTH)
         assert same.data_ptr() == x.data_ptr()
@@ -276,6 +277,44 @@ def test_many_tokens_go_through_aten():
     for _ in range(4):
         torch.testing.assert_close(fast(x), want)
     assert graphs.replays[0]._runs
+
+
+@torch.no_grad()
+def test_what_is_too_much_to_keep_is_not_kept(monkeypatch):
+    layer = Layer()
+    fast, graphs = compiled(layer)
+    monkeypatch.setattr(recording, "MAX_BYTES", 100)
+    cache = torch.zeros(8, WIDTH)
+    for i in range(4):
+        check(fast, layer, inputs(i), cache, torch.tensor([i]))
+    assert "too much to keep" in graphs.replays[0].report.not_replayed and not graphs.replays[0]._runs
+
+
+@torch.no_grad()
+def test_a_kernel_that_reads_numbers_is_called_each_time():
+    """Its native calls may differ from run to run though the addresses do not."""
+    layer = Layer()
+    fast, graphs = compiled(layer.norm)
+    x = inputs(0)
+    fast(x)
+    (replay,) = graphs.replays
+    (node,) = [n for n in replay.graph.graph.nodes if n.meta.get("records")]
+    norm = node.target
+
+    def scaled(x, weight, eps):
+        return norm(x, weight, eps) if x[0, 0].item() > 0 else norm(x, weight, 1e3)
+
+    node.target = scaled
+    for _ in range(4):
+        x.neg_()
+        torch.testing.assert_close(*replay(*_of(replay, x, layer)), scaled(x, layer.norm.weight, 1e-6))
+
+
+def _of(replay, x, layer):
+    return [
+        x if n.meta["val"].ndim == 2 else layer.norm.weight
+        for n in replay.graph.graph.find_nodes(op="placeholder")
+    ]
 
 
 def lowered(fn, *args, **prefer):
