@@ -253,16 +253,10 @@ struct Grouped {
 
   // divides the sums of row r, and stores them
   void answer(const Rows& at, int64_t r, Partial p) const {
-    const float maximum = p.maximum[r];
-    const bool seen = maximum > -kInfinity;
-    float total = p.total[r], kept = 1.0f;
-    if (a.sinks && seen) {
-      const float sink = a.sinks[head(at, r)], m = max(sink, maximum);
-      kept = exp_nonpositive(splat(maximum - m))[0];
-      total = total * kept + exp_nonpositive(splat(sink - m))[0];
-    }
-    const float factor = seen ? kept / total : 0.0f;
-    T* out = static_cast<T*>(a.out) + ((at.b * a.tokens + token(at, r)) * a.heads + head(at, r)) * a.value;
+    const int64_t h = head(at, r);
+    const bool seen = p.maximum[r] > -kInfinity;
+    const float factor = answer_factor(p.maximum[r], p.total[r], a.sinks ? a.sinks + h : nullptr);
+    T* out = static_cast<T*>(a.out) + ((at.b * a.tokens + token(at, r)) * a.heads + h) * a.value;
     const float* sums = p.sum + r * value_pad;
     const auto mean = [&](int64_t c) { return seen ? load(sums + c) * factor : Vec{}; };
     int64_t c = 0;

@@ -107,18 +107,24 @@ void register_mla_attention(py::module_& m) {
 }
 
 void register_attention(py::module_& m) {
-  m.def(
-      "attention",
-      [](const std::array<int64_t, 8>& sizes, const Stack4& q, const Stack4& k, const Stack4& v, const Stack4& mask,
-         Mask mask_kind, float hidden, uintptr_t sinks, uintptr_t out, float scale, bool causal, bool bfloat16) {
-        const auto [batch, heads, kv_heads, tokens, cached, width, value, mask_heads] = sizes;
-        const GroupedAttention args{batch, heads, kv_heads, tokens, cached, width, value,
-                                    tensor(q), tensor(k), tensor(v), tensor(mask), mask_heads,
-                                    static_cast<const float*>(pointer(sinks)), writable(out), scale, hidden,
-                                    mask_kind, bfloat16 ? Dtype::bfloat16 : Dtype::float32, causal};
-        launch([args] { attention(args); });
-      },
-      "Attention. sizes: batch, heads, kv_heads, tokens, cached, width, value, mask_heads; sinks may be 0.");
+  const auto define = [&](const char* name, void (*kernel)(const GroupedAttention&), const char* doc) {
+    m.def(
+        name,
+        [kernel](const std::array<int64_t, 8>& sizes, const Stack4& q, const Stack4& k, const Stack4& v,
+                 const Stack4& mask, Mask mask_kind, float hidden, uintptr_t sinks, uintptr_t out, float scale,
+                 bool causal, bool bfloat16) {
+          const auto [batch, heads, kv_heads, tokens, cached, width, value, mask_heads] = sizes;
+          const GroupedAttention args{batch, heads, kv_heads, tokens, cached, width, value,
+                                      tensor(q), tensor(k), tensor(v), tensor(mask), mask_heads,
+                                      static_cast<const float*>(pointer(sinks)), writable(out), scale, hidden,
+                                      mask_kind, bfloat16 ? Dtype::bfloat16 : Dtype::float32, causal};
+          launch([kernel, args] { kernel(args); });
+        },
+        doc);
+  };
+  define("attention", &attention,
+         "Attention. sizes: batch, heads, kv_heads, tokens, cached, width, value, mask_heads; sinks may be 0.");
+  define("attention_prefill", &attention_prefill, "Attention of many tokens; arguments as of attention.");
 }
 
 // address, stride of the first and of the second dimension

@@ -9,38 +9,19 @@
 // more than a tile of scores exists at a time, and a thread's memory is bounded: with V2's widths 1 MB of weights,
 // keys and values and 0.5 KB a query. Chunks of keys that no query of a tile sees are left out, those that none of
 // the item sees are not expanded. What a row's answer is made of is fixed by its keys and its mask alone.
+#include "dsopt/blocks.h"
 #include "dsopt/kernels.h"
-#include "dsopt/masks.h"
-#include "dsopt/panels.h"
 #include "dsopt/parallel.h"
-#include "dsopt/simd.h"
 
 namespace dsopt::DSOPT_VARIANT {
 namespace {
 
-constexpr int64_t kChunk = 64;
-constexpr int64_t kBlock = 256;
-constexpr int64_t kBlockChunks = kBlock / kChunk;
 constexpr int64_t kMaxQueries = 2048;
-static_assert(kChunk % kPanel == 0 && kBlock == kSlice, "a chunk is whole panels, a block's weights one slice");
-
-// A set of a block's chunks, one bit each, by its stretches of neighbours
-using Chunks = uint32_t;
-
-template <class F>
-void for_each_stretch(Chunks chunks, F&& f) {
-  for (int64_t c = 0; c < kBlockChunks; ++c) {
-    if (!(chunks >> c & 1)) continue;
-    const int64_t first = c;
-    while (c < kBlockChunks && chunks >> c & 1) ++c;
-    f(first, c);
-  }
-}
 
 template <class T>
 struct Prefill {
   const MlaAttention& a;
-  QueryMasks<kChunk> masks;  // of queries b * tokens + s
+  BlockMasks masks;  // of queries b * tokens + s
   int64_t depth, nope_pad, value_pad;
   int64_t parts, part_size;  // of the queries of a sequence
   int threads;
@@ -113,28 +94,10 @@ struct Prefill {
     return static_cast<const T*>(x.data) + i * x.stride0 + j * x.stride1 + k * x.stride2;
   }
 
-  // elements k .. k + n of row r of a left operand become from * factor
-  static void widen(const T* from, int64_t n, float factor, float* tile, int64_t r, int64_t k) {
-    for (int64_t i = 0; i < n;) {
-      const int64_t end = min(n, i + kSlice - (k + i) % kSlice);
-      float* to = tile + tile_at(r, k + i) - i;
-      for (; i + kLanes <= end; i += kLanes) store(to + i, load(from + i) * factor);
-      for (; i < end; ++i) to[i] = to_float(from[i]) * factor;
-    }
-  }
-
-  template <class E>
-  static void fetch(const E* p, int64_t n) {
-    for (int64_t i = 0; i < n; i += 64 / sizeof(E)) __builtin_prefetch(p + i);
-  }
-
   // the block's chunks that one of queries first .. last sees
   Chunks seen(int64_t b, int64_t first, int64_t last, int64_t block) const {
     Chunks chunks = 0;
-    const int64_t start = block * kBlockChunks, end = min(masks.chunks() - start, kBlockChunks);
-    for (int64_t s = first; s < last; ++s) {
-      for (int64_t c = 0; c < end; ++c) chunks |= Chunks{masks.sees(b * a.tokens + s, start + c)} << c;
-    }
+    for (int64_t s = first; s < last; ++s) chunks |= seen_chunks(masks, b * a.tokens + s, block);
     return chunks;
   }
 
@@ -157,86 +120,23 @@ struct Prefill {
     pack_panels(row(a.k_rope, b, at + first), a.k_rope.stride1, last - first, a.rope, keys + a.nope * kPanel, depth);
   }
 
-  // adds the mask to a query's scores of some chunks of a block; returns the largest, or `largest`
-  float add_mask(int64_t query, int64_t block, Chunks chunks, float* scores, float largest) const {
-    float bias[kChunk];
-    Vec best = splat(largest);
-    for_each_stretch(chunks, [&](int64_t first, int64_t last) {
-      for (int64_t c = first; c < last; ++c) {
-        float* score = scores + c * kChunk;
-        if (masks.chunk_of(query, block * kBlockChunks + c) == kPlain) {
-          for (int64_t i = 0; i < kChunk; i += kLanes) best = max(load(score + i), best);
-          continue;
-        }
-        masks.make_bias(query, block * kBlock + c * kChunk, bias);
-        for (int64_t i = 0; i < kChunk; i += kLanes) {
-          // a hidden key's score may be anything, behind the last key even memory that was never written
-          const Vec add = load(bias + i);
-          const Vec v = add == -kInfinity ? add : load(score + i) + add;
-          store(score + i, v);
-          best = max(v, best);
-        }
-      }
-    });
-    return max(best);
-  }
-
-  // scores of some chunks become weights relative to the largest score; returns their sum
-  static float soften(Chunks chunks, float* scores, float largest) {
-    // nothing visible so far: all scores are -infinity, and so will be their differences to anything finite
-    const float from = largest == -kInfinity ? 0.0f : largest;
-    Vec sums = {};
-    for_each_stretch(chunks, [&](int64_t first, int64_t last) {
-      for (int64_t i = first * kChunk; i < last * kChunk; i += kLanes) {
-        const Vec v = exp_nonpositive(load(scores + i) - from);
-        sums += v;
-        store(scores + i, v);
-      }
-    });
-    return sum(sums);
-  }
-
   // takes queries s .. s + rows, whose sums are at row `at`, by one expanded block
   void attend(int64_t head, int64_t b, int64_t s, int64_t rows, int64_t block, int64_t at, const Memory& m) const {
     const Chunks chunks = seen(b, s, s + rows, block);
     if (!chunks) return;
-    const int64_t query = b * a.tokens + s;
-    int64_t end = 0;
-    for (int64_t r = 0; r < rows; ++r) end = max(masks.end_of(query + r), end);
-    const int64_t size = min(kBlock, end - block * kBlock);
+    int64_t queries[kTileRows];
     for (int64_t r = 0; r < rows; ++r) {
+      queries[r] = b * a.tokens + s + r;
       widen(row(a.q_nope, b, head, s + r), a.nope, a.scale, m.tile, r, 0);
       widen(row(a.q_rope, b, head, s + r), a.rope, a.scale, m.tile, r, a.nope);
     }
-    for_each_stretch(chunks, [&](int64_t first, int64_t last) {
-      const int64_t stop = min(last * kChunk, size);
-      for (int64_t t = first * kChunk; t < stop; t += kPanel) {
-        panel_product(rows, m.tile, m.keys + t * depth, depth, stop - t, m.scores + t, kTileStride);
-      }
-    });
-    float largest[kTileRows], keep[kTileRows];
-    for (int64_t r = 0; r < rows; ++r) {
-      fetch(m.sum + (at + r) * value_pad, value_pad);
-      largest[r] = add_mask(query + r, block, chunks, m.scores + r * kTileStride, m.maximum[at + r]);
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      const float total = soften(chunks, m.scores + r * kTileStride, largest[r]);
-      keep[r] = largest[r] == -kInfinity ? 1.0f : exp_nonpositive(splat(m.maximum[at + r] - largest[r]))[0];
-      m.total[at + r] = m.total[at + r] * keep[r] + total;
-      m.maximum[at + r] = largest[r];
-      // the next tile's queries, each of which may lie in a page of its own
-      const int64_t next = min(s + kTileRows + r, a.tokens - 1);
-      fetch(row(a.q_nope, b, head, next), a.nope);
-      fetch(row(a.q_rope, b, head, next), a.rope);
-    }
-    for_each_stretch(chunks, [&](int64_t first, int64_t last) {
-      const int64_t t = first * kChunk, n = min(last * kChunk, size) - t;
-      for (int64_t c = 0; c < value_pad; c += kPanel) {
-        panel_sum(rows, m.scores + t, m.values + c * kBlock + t * kPanel, n, keep, m.sum + at * value_pad + c,
-                  value_pad);
-      }
-      for (int64_t r = 0; r < rows; ++r) keep[r] = 1.0f;
-    });
+    attend_block(masks, queries, rows, {m.keys, m.values, block, depth, value_pad}, chunks, m.tile, m.scores,
+                 m.maximum + at, m.total + at, m.sum + at * value_pad, [&](int64_t r) {
+                   // each of them may lie in a page of its own
+                   const int64_t next = min(s + kTileRows + r, a.tokens - 1);
+                   fetch(row(a.q_nope, b, head, next), a.nope);
+                   fetch(row(a.q_rope, b, head, next), a.rope);
+                 });
   }
 
   void pack_weights(int64_t head, Memory* m) const {
@@ -255,7 +155,7 @@ struct Prefill {
       if (!chunks) continue;
       pack_weights(head, m);
       for_each_stretch(chunks, [&](int64_t from, int64_t to) {
-        expand(head, b, block, from * kChunk, min(to * kChunk, a.cached - block * kBlock), *m);
+        expand(head, b, block, from * kMaskChunk, min(to * kMaskChunk, a.cached - block * kBlock), *m);
       });
       for (int64_t s = first; s < last; s += kTileRows) {
         attend(head, b, s, min(kTileRows, last - s), block, s - first, *m);

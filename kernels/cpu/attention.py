@@ -2,11 +2,14 @@
 
     out = softmax(scale * q @ k^T + mask) @ v
 
-Keys and values are read once for all the heads they serve and all new tokens, in fixed splits of 512 keys; chunks of 64
-keys that a mask hides from all queries are not read, so time follows the visible part of a static cache.
+For few new tokens keys and values are read where they lie, once for all the heads they serve, in fixed splits of 512;
+for many they are packed in blocks of 256. Chunks of 64 keys that a mask hides from all queries are not read, so time
+follows the visible part of a static cache.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -14,6 +17,10 @@ from dsopt.capture import known
 from dsopt.kernels.cpu.masks import check_mask, native_mask
 from dsopt.kernels.cpu.native import CPU, DTYPES, _cpu, dense_rows, plan, require
 from dsopt.op import Kernel
+
+# heads that share keys, times new tokens, up to which keys are read where they lie; with so many, packing them was
+# measured to take as long (128 wide, 1024 cached)
+FEW_ROWS = 64
 
 
 def _shapes(q, k, v) -> dict[str, tuple]:
@@ -44,19 +51,7 @@ def _require(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Ten
         )
 
 
-def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
-    is_causal: bool = False,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The native kernel; arguments and result as in `attention_reference`.
-
-    Raises ValueError, naming the argument, for operands whose shapes or dtypes do not belong together.
-    """
+def _run(kernel: Callable, q, k, v, mask, scale, is_causal, sinks) -> torch.Tensor:
     _require(q, k, v, sinks)
     (batch, heads, tokens, width), (_, kv_heads, cached, value) = q.shape, v.shape
     out = torch.empty(batch, tokens, heads, value, dtype=q.dtype, device=CPU)
@@ -67,7 +62,7 @@ def attention(
     sinks = None if sinks is None else sinks.float().contiguous()
     # what has no width has no rows either
     dense = [x if not x.shape[-1] or dense_rows(x) else x.contiguous() for x in (q, k, v)]
-    _cpu.attention(
+    kernel(
         (batch, heads, kv_heads, tokens, cached, width, value, mask_heads),
         *[(x.data_ptr(), x.stride()) for x in dense],
         (0 if mask is None else mask.data_ptr(), strides),
@@ -80,6 +75,48 @@ def attention(
         q.dtype == torch.bfloat16,
     )
     return out
+
+
+def few(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    is_causal: bool = False,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Keys read where they lie, for any number of tokens; arguments and result as in `attention_reference`.
+
+    Raises ValueError, naming the argument, for operands whose shapes or dtypes do not belong together.
+    """
+    return _run(_cpu.attention, q, k, v, mask, scale, is_causal, sinks)
+
+
+def many(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    is_causal: bool = False,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Keys and values packed a block of the cache at a time, for any number of tokens; otherwise as `few`."""
+    return _run(_cpu.attention_prefill, q, k, v, mask, scale, is_causal, sinks)
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    is_causal: bool = False,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    rows = q.shape[1] // max(1, k.shape[1]) * q.shape[2]
+    return (few if rows <= FEW_ROWS else many)(q, k, v, mask, scale, is_causal, sinks)
 
 
 def _check(q, k, v, mask, scale, is_causal=False, sinks=None):

@@ -27,9 +27,9 @@ from dsopt.kernels.torch.mla_attention import mla_attention as aten
 from dsopt.kernels.torch.mla_attention import visible_length
 from dsopt.op import Kernel
 
-_CHUNK = 64
-_SPLIT = 256
-_GROUP = 16  # rows that share a widened chunk
+CHUNK = 64
+SPLIT = 256
+GROUP = 16  # rows that share a widened chunk
 
 # heads times new tokens up to which this kernel is faster than widening the cache for ATen's GEMMs
 FEW_ROWS = 32
@@ -38,7 +38,7 @@ _NDIMS = {"q_nope": 4, "q_rope": 4, "latent": 3, "k_rope": 3, "w_uk": 3, "w_uv":
 
 
 @inner
-def _add_row(out, to, a, at, w, row, step, count, n):
+def add_row(out, to, a, at, w, row, step, count, n):
     """out[to + c] += sum_i a[at + i] * w[row + i * step + c] for i < count, c < n."""
     for i in range(count):
         first, base, factor = np.uint64(row + i * step), np.uint64(to), a[at + i]
@@ -47,8 +47,8 @@ def _add_row(out, to, a, at, w, row, step, count, n):
 
 
 @inner
-def _add_4_rows(out, to, out_step, a, at, a_step, w, row, step, count, n):
-    """`_add_row` for four rows of out and of a, `count` a multiple of four."""
+def add_4_rows(out, to, out_step, a, at, a_step, w, row, step, count, n):
+    """`add_row` for four rows of out and of a, `count` a multiple of four."""
     o0, o_step = np.uint64(to), np.uint64(out_step)
     o1, o2, o3 = o0 + o_step, o0 + o_step * U2, o0 + o_step * U3
     at1, at2, at3 = at + a_step, at + 2 * a_step, at + 3 * a_step
@@ -77,7 +77,7 @@ def _absorb(head, sizes, q_nope, q_strides, w_uk, w_strides, scale, absorbed):
         for d in range(nope):
             scaled[d] = widen(q_nope[at + d]) * scale
         to = (i * heads + head) * rank
-        _add_row(absorbed, to, scaled, 0, w_uk, head * w_strides[0], w_strides[1], nope, rank)
+        add_row(absorbed, to, scaled, 0, w_uk, head * w_strides[0], w_strides[1], nope, rank)
 
 
 @inner
@@ -107,7 +107,7 @@ def _all_hidden(added, strides, b, first_token, last_token, begin, end):
 
 
 @inner
-def _soften(scores, at, count, added, add_at, maximum):
+def soften(scores, at, count, added, add_at, maximum):
     """Scores of one row's chunk become weights relative to its maximum so far: (new maximum, their sum)."""
     best, total = maximum, np.float32(0)
     for t in range(count):
@@ -130,18 +130,18 @@ def _attend(
     _, heads, tokens, cached, rank, _, rope, _ = sizes
     sums, maxima, totals = partial
     rows = heads * tokens
-    groups = (rows + _GROUP - 1) // _GROUP
+    groups = (rows + GROUP - 1) // GROUP
     b, group, split = item // (groups * splits), item // splits % groups, item % splits
-    first = group * _GROUP
-    count = min(_GROUP, rows - first)
-    scores = np.zeros(_GROUP * _CHUNK, np.float32)
+    first = group * GROUP
+    count = min(GROUP, rows - first)
+    scores = np.zeros(GROUP * CHUNK, np.float32)
     dots, rope_dots = np.empty((count, ROWS), np.float32), np.empty((count, ROWS), np.float32)
     row = b * rows + np.arange(first, first + count)
     absorbed_at, rotary_at = row * rank, row * rope
-    base = item * _GROUP
-    last = min(cached, (split + 1) * _SPLIT)
-    for begin in range(split * _SPLIT, last, _CHUNK):
-        keys = min(_CHUNK, last - begin)
+    base = item * GROUP
+    last = min(cached, (split + 1) * SPLIT)
+    for begin in range(split * SPLIT, last, CHUNK):
+        keys = min(CHUNK, last - begin)
         if _all_hidden(
             added, m_strides, b, first // heads, (first + count - 1) // heads, begin, begin + keys
         ):
@@ -154,11 +154,11 @@ def _attend(
             rows_dot(k_rope, k_at + t * k_strides[1], k_strides[1], n, rotary, rotary_at, rope, rope_dots)
             for r in range(count):
                 for i in range(n):
-                    scores[r * _CHUNK + t + i] = dots[r, i] + rope_dots[r, i]
+                    scores[r * CHUNK + t + i] = dots[r, i] + rope_dots[r, i]
         for r in range(count):
             add_at = b * m_strides[0] + (first + r) // heads * m_strides[1] + begin
             before = maxima[base + r]
-            best, total = _soften(scores, r * _CHUNK, keys, added, add_at, before)
+            best, total = soften(scores, r * CHUNK, keys, added, add_at, before)
             keep = np.float32(math.exp(before - best)) if best > before else np.float32(1)
             maxima[base + r] = best
             totals[base + r] = totals[base + r] * keep + total
@@ -167,34 +167,34 @@ def _attend(
                     sums[c] *= keep
         fours = keys // 4 * 4
         for r in range(0, count, 4):
-            to, at = (base + r) * rank, r * _CHUNK
+            to, at = (base + r) * rank, r * CHUNK
             if count - r >= 4 and fours:
-                _add_4_rows(sums, to, rank, scores, at, _CHUNK, latent, latent_at, l_strides[1], fours, rank)
+                add_4_rows(sums, to, rank, scores, at, CHUNK, latent, latent_at, l_strides[1], fours, rank)
                 done = fours
             else:
                 done = 0
             for i in range(min(4, count - r)):
                 left = latent_at + done * l_strides[1]
-                at = (r + i) * _CHUNK + done
-                _add_row(sums, to + i * rank, scores, at, latent, left, l_strides[1], keys - done, rank)
+                at = (r + i) * CHUNK + done
+                add_row(sums, to + i * rank, scores, at, latent, left, l_strides[1], keys - done, rank)
 
 
 @inner
-def _merge(row, splits, sizes, partial, mixed):
+def merge(row, splits, sizes, partial, mixed):
     """mixed[row] = the latents' mean under one row's weights, from its splits in their order."""
     _, heads, tokens, _, rank, _, _, _ = sizes
     sums, maxima, totals = partial
     rows = heads * tokens
-    groups = (rows + _GROUP - 1) // _GROUP
-    b, group, r = row // rows, row % rows // _GROUP, row % rows % _GROUP
+    groups = (rows + GROUP - 1) // GROUP
+    b, group, r = row // rows, row % rows // GROUP, row % rows % GROUP
     base = (b * groups + group) * splits
     best, total = np.float32(-np.inf), np.float32(0)
     for split in range(splits):
-        best = max(best, maxima[(base + split) * _GROUP + r])
+        best = max(best, maxima[(base + split) * GROUP + r])
     for c in range(row * rank, (row + 1) * rank):
         mixed[c] = 0
     for split in range(splits):
-        at = (base + split) * _GROUP + r
+        at = (base + split) * GROUP + r
         if maxima[at] > -np.inf:
             keep = np.float32(math.exp(maxima[at] - best))
             total += totals[at] * keep
@@ -219,10 +219,10 @@ def _project(head, sizes, mixed, w_uv, strides, out):
 
 
 @inner
-def _partial(items, rank):
+def partial_sums(items, rank):
     """Sums, maxima and totals of so many splits of groups, at first of no key."""
-    sums, totals = np.zeros(items * _GROUP * rank, np.float32), np.zeros(items * _GROUP, np.float32)
-    return sums, np.full(items * _GROUP, -np.inf, np.float32), totals
+    sums, totals = np.zeros(items * GROUP * rank, np.float32), np.zeros(items * GROUP, np.float32)
+    return sums, np.full(items * GROUP, -np.inf, np.float32), totals
 
 
 @kernel
@@ -235,9 +235,9 @@ def _absorbed(
     for head in prange(sizes[1]):
         _absorb(head, sizes, q_nope, q_strides, w_uk, uk_strides, scale, absorbed)
     rotary = _rotary(sizes, q_rope, r_strides, scale)
-    splits = (sizes[3] + _SPLIT - 1) // _SPLIT
-    items = sizes[0] * ((sizes[1] * sizes[2] + _GROUP - 1) // _GROUP) * splits
-    partial = _partial(items, sizes[4])
+    splits = (sizes[3] + SPLIT - 1) // SPLIT
+    items = sizes[0] * ((sizes[1] * sizes[2] + GROUP - 1) // GROUP) * splits
+    partial = partial_sums(items, sizes[4])
     for item in prange(items):
         _attend(
             item,
@@ -254,20 +254,20 @@ def _absorbed(
             partial,
         )
     for row in prange(sizes[0] * sizes[1] * sizes[2]):
-        _merge(row, splits, sizes, partial, mixed)
+        merge(row, splits, sizes, partial, mixed)
     for head in prange(sizes[1]):
         _project(head, sizes, mixed, w_uv, uv_strides, out)
 
 
-def _added(mask: torch.Tensor | None, tokens: int, cached: int, is_causal: bool) -> torch.Tensor | None:
-    """What is added to scores, as float32 (batch or 1, tokens or 1, cached); -inf hides a key.
+def added_mask(mask: torch.Tensor | None, tokens: int, cached: int, is_causal: bool) -> torch.Tensor | None:
+    """What is added to scores, as float32 (batch or 1, heads or 1, tokens or 1, cached); -inf hides a key.
 
     A finite value that is some dtype's lowest hides too, unless it is all that a query is given: then softmax spreads
     over the keys evenly, as it does in the reference.
     """
     added = None
     if mask is not None:
-        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)[:, 0]
+        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
         if mask.dtype == torch.bool:
             added = torch.zeros(mask.shape).masked_fill_(~mask, -math.inf)
         else:
@@ -277,12 +277,19 @@ def _added(mask: torch.Tensor | None, tokens: int, cached: int, is_causal: bool)
             added = torch.where(mask == -math.inf, -math.inf, mask.float().clamp(min=lowest))
             hides = (added <= hidden) & (added > hidden).any(-1, keepdim=True)
             added = added.masked_fill(hides, -math.inf)
-        added = added.expand(-1, -1, cached)
+        added = added.expand(-1, -1, -1, cached)
     if is_causal:
         future = torch.ones(tokens, cached, dtype=torch.bool).triu(1)
-        zeros = torch.zeros(1, tokens, cached) if added is None else added
+        zeros = torch.zeros(1, 1, tokens, cached) if added is None else added
         added = zeros.masked_fill(future, -math.inf)
     return None if added is None else unit_stride(added)
+
+
+def mask_memory(mask: torch.Tensor | None) -> tuple[np.ndarray, tuple[int, ...]]:
+    """What `added_mask` made, flat, and its strides as of (batch, heads, tokens); an empty array for None."""
+    if mask is None:
+        return nothing(torch.float32), (0, 0, 0)
+    return flat(mask), tuple(s * (n > 1) for n, s in zip(mask.shape[:3], mask.stride()))
 
 
 def absorbed(
@@ -307,13 +314,11 @@ def absorbed(
     for x in (q_nope, q_rope, latent, k_rope, w_uk, w_uv):
         x = unit_stride(x)
         operands += [flat(x), x.stride()[:-1]]
-    added = _added(mask, tokens, cached, is_causal)
-    strides = (0, 0) if added is None else tuple(s * (n > 1) for n, s in zip(added.shape[:2], added.stride()))
-    add = nothing(torch.float32) if added is None else flat(added)
+    add, (by_batch, _, by_token) = mask_memory(added_mask(mask, tokens, cached, is_causal))
     sizes = (batch, heads, tokens, cached, rank, nope, rope, value)
     work = batch * heads * tokens * (rank * (nope + value) + cached * (2 * rank + rope))
     memory = np.zeros((2, batch * tokens * heads * rank), np.float32)
-    run(work, _absorbed, sizes, *operands, add, strides, np.float32(scale), flat(out), *memory)
+    run(work, _absorbed, sizes, *operands, add, (by_batch, by_token), np.float32(scale), flat(out), *memory)
     return out
 
 

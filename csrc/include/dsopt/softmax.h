@@ -38,6 +38,16 @@ inline float soften(float* score, const float* bias, float* maximum, float* tota
   return keep;
 }
 
+// What a row's sums are multiplied with to give its answer: 0 if it saw no key. sink: a score beside its keys' whose
+// value is zero, or null.
+inline float answer_factor(float maximum, float total, const float* sink) {
+  if (maximum == -kInfinity) return 0.0f;
+  if (!sink) return 1.0f / total;
+  const float m = max(*sink, maximum);
+  const float kept = exp_nonpositive(splat(maximum - m))[0];
+  return kept / (total * kept + exp_nonpositive(splat(*sink - m))[0]);
+}
+
 // Sums of rows, each `width` floats long (a multiple of kLanes), weighted relative to the row's maximum
 struct Partial {
   float* maximum;  // [row]
