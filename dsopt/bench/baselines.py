@@ -12,15 +12,13 @@ from importlib.metadata import entry_points
 
 import torch
 
+from dsopt.bench.absent import Absent
 from dsopt.bench.cases import Case
 from dsopt.bench.eager import EAGER
+from dsopt.bench.moe_peers import kt_experts, zentorch_experts
 
 ENTRY_POINT_GROUP = "dsopt.baselines"
 PEERS = "peers"
-
-
-class Absent(Exception):
-    """Why a baseline cannot compute a case."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +86,9 @@ BASELINES = (
         Baseline(f"transformers {how}", _transformers(how), frozenset({"moe_experts"}))
         for how in ("eager", "grouped_mm", "batched_mm")
     ),
+    Baseline("zentorch", zentorch_experts, frozenset({"moe_experts"})),
+    Baseline("kt-kernel AMX", kt_experts("AMXBF16_MOE"), frozenset({"moe_experts"})),
+    Baseline("kt-kernel AVX2", kt_experts("AVX2BF16_MOE"), frozenset({"moe_experts"})),
 )
 
 
