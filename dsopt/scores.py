@@ -72,13 +72,16 @@ class Scores:
         return mask
 
 
-def read_scores(softmax: Node, is_product: Callable[[Node], bool]) -> tuple[Scores | str | None, Node | None]:
+def read_scores(
+    softmax: Node, is_product: Callable[[Node], bool], start: Node | None = None
+) -> tuple[Scores | str | None, Node | None]:
     """(what was read, the product) above a softmax; a reason in its place if it does not fit, None if it is none.
 
     is_product: whether a node is what the scores are made of: a product of queries and keys.
+    start: the scores, if they are not all that the softmax takes.
     """
     found = Scores(product=softmax)
-    node = softmax.args[0]
+    node = softmax.args[0] if start is None else start
     while not is_product(node):
         plain = found.scale == 1.0 and found.mask is None and found.fill is None
         if is_op(node, aten.to.dtype):

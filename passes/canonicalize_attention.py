@@ -1,4 +1,5 @@
 """softmax(q @ k^T * scale + mask) @ v -> scaled_dot_product_attention(q, k, v, mask, scale=scale)
+softmax(cat(q @ k^T * scale + mask, sinks))[..., :-1] @ v -> attention(q, k, v, mask, scale, sinks=sinks)
 
 The products may be matmul or einsum over any order of axes; the scale may be a factor or a divisor, the mask
 added, or filled in by masked_fill. Someone else reading the scores or the weights keeps them as they are.
@@ -6,7 +7,8 @@ added, or filled in by masked_fill. Someone else reading the scores or the weigh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import operator
+from dataclasses import dataclass, field
 
 import torch
 from torch.fx import GraphModule, Node
@@ -14,6 +16,7 @@ from torch.fx import GraphModule, Node
 from dsopt.capture import known
 from dsopt.census import attention_family
 from dsopt.effects import between
+from dsopt.ops.attention import attention
 from dsopt.rewrite import (
     Emitter,
     Log,
@@ -38,12 +41,15 @@ def run(gm: GraphModule, log: Log) -> None:
         if is_op(node, *SOFTMAX):
             found = _read(node)
             if isinstance(found, Attention):
-                leaves = (found.q[0], found.k[0], found.v[0], found.scores.mask, found.scores.fill)
+                leaves = (found.q[0], found.k[0], found.v[0], found.sinks, *found.scores.masks)
                 found = log.moved(between(found.out, leaves), found.out) or found
             if isinstance(found, str):
                 log.miss(node, found, attention_family(node))
             elif found is not None:
-                log.hit()
+                family = attention_family(node) if found.sinks is not None else None
+                log.hit("attention" if family == "attention" else None, node)
+                if family == "mla":
+                    log.miss(node, "latent attention has no attention sinks", family)
                 _rewrite(gm, found)
 
 
@@ -58,6 +64,54 @@ class Attention:
     result: list[int]
     scores: Scores
     mask_order: list[int]
+    sinks: Node | None = None
+
+
+@dataclass
+class Beside:
+    """What a softmax takes: scores, and a column beside them of one value for each head.
+
+    between: the nodes from its input down to the scores, which are left out.
+    """
+
+    scores: Node
+    sinks: Node | None = None
+    between: list[Node] = field(default_factory=list)
+
+
+def _beside(softmax: Node) -> Beside:
+    """The scores and sinks of cat((scores, sinks), -1), or of that less its largest values; else scores alone."""
+    x, between = softmax.args[0], []
+    alone = Beside(x)
+    if is_op(x, aten.sub.Tensor) and not x.kwargs:
+        largest = x.args[1].args[0] if getattr(x.args[1], "target", None) is operator.getitem else x.args[1]
+        over = argument(largest, "dim") if is_op(largest, aten.max.dim, aten.amax.default) else None
+        if (
+            over not in (-1, 3, [-1], [3])
+            or not argument(largest, "keepdim")
+            or largest.args[0] is not x.args[0]
+        ):
+            return alone
+        between = [x]
+        x = x.args[0]
+        if x.users.keys() - {largest, between[0]} or any(len(n.users) > 1 for n in (largest, between[0])):
+            return alone
+    elif len(x.users) > 1:
+        return alone
+    if not is_op(x, aten.cat.default) or len(x.args[0]) != 2 or val(x).ndim != 4:
+        return alone
+    scores, sinks = x.args[0]
+    if not is_inner_dim(argument(x, "dim"), 4) or not known(shape(sinks)[-1] == 1):
+        return alone
+    while is_op(sinks, aten.expand.default):
+        sinks = sinks.args[0]
+    heads = shape(scores)[1]
+    by_head = val(sinks).ndim in (3, 4) and known(shape(sinks)[-3] == heads)
+    if not by_head or not known(val(sinks).numel() == heads):
+        return alone
+    if is_op(sinks, aten.reshape.default) and val(sinks.args[0]).ndim == 1:
+        sinks = sinks.args[0]
+    return Beside(scores, sinks, [*between, x])
 
 
 def _only_reader(node: Node) -> Node | None:
@@ -66,7 +120,8 @@ def _only_reader(node: Node) -> Node | None:
 
 def _read(softmax: Node) -> Attention | str | None:
     """The attention around a softmax; a reason if it is one that does not fit; None if it is none."""
-    chain, product = read_scores(softmax, lambda node: _axes(node) is not None)
+    beside = _beside(softmax)
+    chain, product = read_scores(softmax, lambda node: _axes(node) is not None, beside.scores)
     if product is None:
         return None
     if not is_inner_dim(argument(softmax, "dim"), val(softmax).ndim):
@@ -74,15 +129,18 @@ def _read(softmax: Node) -> Attention | str | None:
     if isinstance(chain, str):
         return chain
     between = list(chain.between)
-    weights = softmax
+    weights, whole = softmax, beside.sinks is not None
     while True:
         reader = _only_reader(weights)
         if reader is None:
             return f"the attention weights have {len(weights.users)} readers"
-        if not is_op(reader, aten.to.dtype):
+        if not is_op(reader, aten.to.dtype) and not (whole and _drops_last(reader)):
             break
+        whole = whole and not _drops_last(reader)
         between.append(weights)
         weights = reader
+    if whole:
+        return "the weight of an attention sink is multiplied with values"
     for node in (*between, product):
         if len(node.users) != 1:
             return f"the scores {node.name} have {len(node.users)} readers"
@@ -110,10 +168,10 @@ def _read(softmax: Node) -> Attention | str | None:
     d = set(v_axes) - {b, h, t}
     if len(d) != 1 or set(v_axes) != {b, h, t, *d} or set(result) != {b, h, s, *d}:
         return "the weights are not multiplied with values as softmax(scores) @ v"
-    if not same_shape(shape(softmax), shape(product)):
+    if not same_shape(shape(beside.scores), shape(product)):
         return "the mask broadcasts the scores to another shape"
     dtype = val(v).dtype
-    if not all(is_as_wide(n, dtype) for n in (*between, weights, softmax)):
+    if not all(is_as_wide(n, dtype) for n in (*between, *beside.between, weights, softmax)):
         return f"scores or weights are rounded to less than the values' {dtype}"
     order = [
         _uncast(q, _order(q_axes, (b, h, s, *depth)), dtype),
@@ -123,7 +181,17 @@ def _read(softmax: Node) -> Attention | str | None:
     if any(val(x).dtype != dtype for x, _ in order):
         return "queries, keys and values are not of one dtype"
     result = _order("".join((b, h, s, *d)), result)
-    return Attention(reader, *order, result, chain, to_heads_first)
+    if beside.sinks is not None and to_heads_first != [0, 1, 2, 3]:
+        return "attention sinks beside scores that are not (batch, heads, queries, keys)"
+    return Attention(reader, *order, result, chain, to_heads_first, beside.sinks)
+
+
+def _drops_last(node: Node) -> bool:
+    """True for x[..., :-1]."""
+    if not is_op(node, aten.slice.Tensor) or not is_inner_dim(argument(node, "dim"), val(node).ndim):
+        return False
+    start, step, width = argument(node, "start"), argument(node, "step"), shape(node.args[0])[-1]
+    return start in (0, None) and step == 1 and known(shape(node)[-1] == width - 1)
 
 
 def _widens(cast: Node) -> bool:
@@ -176,5 +244,12 @@ def _rewrite(gm: GraphModule, found: Attention) -> None:
 
     q, k, v = (ordered(*x) for x in (found.q, found.k, found.v))
     mask = found.scores.emit_mask(emit, found.mask_order, val(q).dtype)
-    out = emit(aten.scaled_dot_product_attention.default, q, k, v, mask, scale=float(found.scores.scale))
+    scale = float(found.scores.scale)
+    if found.sinks is None:
+        out = emit(aten.scaled_dot_product_attention.default, q, k, v, mask, scale=scale)
+    else:
+        sinks = found.sinks
+        sinks = sinks if val(sinks).ndim == 1 else emit(aten.reshape.default, sinks, [val(sinks).numel()])
+        out = emit(attention.overload, q, k, v, mask, scale, False, sinks)
+        out = emit(aten.permute.default, out, [0, 2, 1, 3])
     replace(found.out, out if found.result == [0, 1, 2, 3] else emit(aten.permute.default, out, found.result))

@@ -24,18 +24,25 @@ FAMILY = "attention"
 
 def run(gm: GraphModule, log: Log) -> None:
     for node in list(gm.graph.nodes):
-        if not is_op(node, aten.scaled_dot_product_attention.default):
+        if is_op(node, aten.scaled_dot_product_attention.default):
+            found = _read(node)
+        elif is_op(node, attention.overload):
+            found = _read_op(node)
+        else:
             continue
-        found = _read(node)
         if isinstance(found, Found):
             leaves = (found.q, found.k.source, found.v.source, found.mask)
             found = log.moved(between(node, leaves), node) or found
         if isinstance(found, str):
             log.miss(node, found)
-            continue
-        # a latent's attention, which absorb_mla left alone, stays counted as missed
-        log.hit("attention" if attention_family(node) == "attention" else None, node)
-        _rewrite(gm, node, found)
+        elif isinstance(found, Found):
+            # an op is a site already; a latent's attention, which absorb_mla left alone, stays counted as missed
+            is_site = (
+                is_op(node, aten.scaled_dot_product_attention.default)
+                and attention_family(node) == "attention"
+            )
+            log.hit("attention" if is_site else None, node)
+            _rewrite(gm, node, found)
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,16 @@ class Found:
     mask: Node | None
     scale: float
     is_causal: bool
+    sinks: Node | None = None
+
+
+def _read_op(node: Node) -> Found | None:
+    """The operands of an op whose keys and values were repeated; None for any other."""
+    q, k, v, mask, scale, is_causal, sinks = attention.bind(node.args, node.kwargs)
+    keys, values = _unrepeated(k), _unrepeated(v)
+    if keys.source is k or _mismatch(shape(q), keys.shape, values.shape) is not None:
+        return None
+    return Found(q, keys, values, unrepeated_mask(mask), scale, is_causal, sinks)
 
 
 def _read(node: Node) -> Found | str:
@@ -140,13 +157,8 @@ def _repeated(x: Node, dim: int) -> tuple[Node, int | None] | None:
 
 def _rewrite(gm: GraphModule, node: Node, found: Found) -> None:
     emit = Emitter(gm, node)
-    out = emit(
-        attention.overload,
-        found.q,
-        found.k.emit(emit),
-        found.v.emit(emit),
-        found.mask,
-        found.scale,
-        found.is_causal,
-    )
-    replace(node, emit(aten.permute.default, out, [0, 2, 1, 3]))
+    keys, values = found.k.emit(emit), found.v.emit(emit)
+    args = (found.q, keys, values, found.mask, found.scale, found.is_causal, found.sinks)
+    out = emit(attention.overload, *args)
+    is_op_already = is_op(node, attention.overload)
+    replace(node, out if is_op_already else emit(aten.permute.default, out, [0, 2, 1, 3]))

@@ -122,6 +122,7 @@ def slow(*values):
         ("v32", torch.float32, "static", "plain"),
         ("mixtral", torch.bfloat16, "static", "padded"),
         ("qwen3_moe", torch.float32, "dynamic", "plain"),
+        ("gpt_oss", torch.float32, "static", "padded"),
         ("llama", torch.bfloat16, "static", "padded"),
         ("qwen2", torch.float32, "dynamic", "padded"),
         *(

@@ -265,13 +265,59 @@ def test_scale_that_is_a_tensor():
             stays(fn, *qkv(), scale, reason="the scale of the scores is a tensor")
 
 
-def test_sink_column():
-    def attention(q, k, v, sink):
-        scores = q @ k.mT * SCALE
-        scores = torch.cat((scores, sink.view(1, -1, 1, 1).expand(2, 3, 4, 1)), -1)
-        return scores.softmax(-1)[..., :-1] @ v
+def with_sinks(less=lambda scores: scores, sinks_of=lambda sinks: sinks.view(1, -1, 1, 1).expand(2, 3, 4, 1)):
+    """Attention with a column beside the scores, `less` what is taken off all of them, as in gpt-oss."""
 
-    stays(attention, *qkv(), torch.randn(3), reason="sink")
+    def attention(q, k, v, sinks, mask):
+        scores = q @ k.mT * SCALE + mask
+        scores = torch.cat((scores, sinks_of(sinks)), -1)
+        return less(scores).softmax(-1)[..., :-1].to(v.dtype) @ v
+
+    return attention
+
+
+SINKS = {
+    "plain": with_sinks(),
+    "less the largest": with_sinks(lambda scores: scores - scores.max(dim=-1, keepdim=True).values),
+    "less the largest by amax": with_sinks(lambda scores: scores - scores.amax(-1, keepdim=True)),
+    "of three axes": with_sinks(sinks_of=lambda sinks: sinks[:, None, None].expand(2, 3, 4, 1)),
+    "of one batch": with_sinks(sinks_of=lambda sinks: sinks.reshape(1, 3, 1, 1).repeat(2, 1, 4, 1)),
+}
+
+
+@pytest.mark.parametrize("name", list(SINKS)[:4])
+def test_sinks(name):
+    args = (*qkv(), torch.randn(3), torch.randn(2, 1, 4, 6))
+    result = rewritten(SINKS[name], *args, passes=PASSES)
+    log = result.log("canonicalize_attention")
+    assert log.families == {"attention": 1} and log.misses == []
+    assert result.count("dsopt.attention") == 1 and not {"aten.softmax", "aten.cat"} & set(result.ops())
+    assert relative_l2(result.run(*args), SINKS[name](*args)) < 1e-5
+
+
+def test_columns_that_are_no_sinks():
+    """Repeated in memory, in front of the scores, two of them, kept for the values, less another maximum."""
+    q, k, v = qkv()
+    one, mask = torch.randn(3), torch.randn(2, 1, 4, 6)
+
+    def in_front(q, k, v, sinks):
+        scores = torch.cat((sinks.view(1, 3, 1, 1).expand(2, 3, 4, 1), q @ k.mT * SCALE), -1)
+        return scores.softmax(-1)[..., 1:] @ v
+
+    def two(q, k, v, sinks):
+        scores = torch.cat((q @ k.mT * SCALE, sinks.view(1, 3, 1, 1).expand(2, 3, 4, 2)), -1)
+        return scores.softmax(-1)[..., :-2] @ v
+
+    def kept(q, k, v, sinks):
+        scores = torch.cat((q @ k.mT * SCALE, sinks.view(1, 3, 1, 1).expand(2, 3, 4, 1)), -1)
+        return scores.softmax(-1) @ torch.cat((v, v[:, :, :1]), 2)
+
+    stays(SINKS["of one batch"], q, k, v, one, mask)
+    for fn in (in_front, two):
+        stays(fn, q, k, v, one, reason="sink")
+    stays(kept, q, k, v, one, reason="sink is multiplied")
+    less = with_sinks(lambda scores: scores - scores.amax(-2, keepdim=True))
+    stays(less, q, k, v, one, mask, reason="stands between")
 
 
 def test_softmax_over_another_dim():

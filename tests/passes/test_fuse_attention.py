@@ -214,3 +214,18 @@ def test_keys_repeated_otherwise_than_values():
     result = rewritten(fn, *args, passes=PASSES)
     assert result.log("fuse_attention").rewrites == 1
     assert relative_l2(result.run(*args), fn(*args)) < 1e-5
+
+
+def test_sinks_beside_repeated_keys():
+    def fn(q, k, v, sinks):
+        scores = q @ expanded(k).mT * 0.3
+        scores = torch.cat((scores, sinks.view(1, -1, 1, 1).expand(BATCH, HEADS, NEW, 1)), -1)
+        weights = scores.softmax(-1)[..., :-1]
+        return (weights @ expanded(v)).transpose(1, 2).flatten(2)
+
+    args = (*operands(), torch.randn(HEADS))
+    result = rewritten(fn, *args, passes=PASSES)
+    assert result.log("canonicalize_attention").families == {"attention": 1}
+    assert result.log("fuse_attention").rewrites == 1 and result.log("fuse_attention").families == {}
+    assert result.count("dsopt.attention") == 1 and "aten.expand" not in result.ops()
+    assert relative_l2(result.run(*args), fn(*args)) < 1e-5

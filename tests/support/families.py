@@ -115,6 +115,23 @@ FAMILIES: dict[str, tuple[dict, dict[str, int]]] = {
         },
         {"mla": 0, "attention": 2, "moe": 2, "router": 2, "norm": 9, "rope": 4, "mlp": 0},
     ),
+    "gpt_oss": (
+        {
+            "model_type": "gpt_oss",
+            **SHARED,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "hidden_size": 64,
+            "intermediate_size": 32,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "sliding_window": 6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "attn_implementation": "eager",  # the only one that has sinks
+        },
+        {"mla": 0, "attention": 2, "moe": 2, "router": 2, "norm": 5, "rope": 4, "mlp": 0},
+    ),
     "llama": (
         {
             "model_type": "llama",
@@ -141,6 +158,7 @@ FAMILIES: dict[str, tuple[dict, dict[str, int]]] = {
 def build(family: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa", **overrides):
     """The family's model with random weights large enough that every part of it moves the logits."""
     arguments = {**FAMILIES[family][0], **overrides}
+    attention = arguments.get("attn_implementation", attention)
     config = AutoConfig.for_model(**arguments)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
