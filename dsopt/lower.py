@@ -6,23 +6,31 @@ from collections.abc import Callable, Mapping
 from types import FunctionType
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from dsopt.capture import guard_count
-from dsopt.op import Choice, disabled_backends, recall, select
+from dsopt.op import REFERENCE, Choice, disabled_backends, recall, select
 from dsopt.ops import OPS
+from dsopt.ops.attention import attention
 from dsopt.ops.linear import multi_linear
 from dsopt.report import KernelUse, Runs
 
 
 def fuses(gm: GraphModule) -> bool:
-    """Whether a graph has an op of ours that stands for more than one of ATen's: a lone linear layer does not."""
-    ops = {op.overload for op in OPS.values()}
-    return any(
-        node.target in ops and not (node.target is multi_linear.overload and len(node.args[1]) == 1)
-        for node in gm.graph.nodes
-        if node.op == "call_function"
-    )
+    """Whether a graph has an op of ours that does more than one of ATen's.
+
+    A lone linear layer does not, nor does attention that ATen's is to compute.
+    """
+    return any(_does_more(node) for node in gm.graph.nodes if node.op == "call_function")
+
+
+def _does_more(node: Node) -> bool:
+    if node.target is multi_linear.overload:
+        return len(node.args[1]) > 1
+    if node.target is attention.overload:
+        fakes = torch.fx.node.map_arg(attention.bind(node.args, node.kwargs), lambda n: n.meta["val"])
+        return select(attention, fakes).kernel.backend not in ("torch", REFERENCE)
+    return any(node.target is op.overload for op in OPS.values())
 
 
 def lower(

@@ -211,6 +211,22 @@ def test_nothing_to_fuse_goes_to_inductor():
     assert reason.endswith("nothing to fuse")
 
 
+def test_attention_alone_is_taken_by_a_kernel_other_than_atens(monkeypatch):
+    pytest.importorskip("dsopt._cpu")
+
+    def attend(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    q, k, v = torch.randn(2, 4, 1, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    for disabled, reason in ((set(backends()) - {REFERENCE, "torch"}, "nothing to fuse"), (set(), None)):
+        monkeypatch.setenv("DSOPT_DISABLE", ",".join(disabled))
+        torch._dynamo.reset()
+        fast = torch.compile(attend, backend="dsopt", options={"fallback": "eager"})
+        with torch.no_grad():
+            assert relative_l2(fast(q, k, v), attend(q, k, v)) < 1e-5
+        assert dsopt.report().graphs[-1].fallback == reason
+
+
 def test_integers_only():
     def fn(ids):
         return ids * 2 + ids.cumsum(-1), ids > 3
