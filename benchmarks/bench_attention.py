@@ -1,9 +1,9 @@
-"""Latent attention, decoding and prefill; see --help."""
+"""Attention, latent and dense, decoding and prefill; see --help."""
 
 from dsopt.bench.command import script
 
 HELP = """
-Latent attention and its rotary embedding: decoding over a cache, and a prompt.
+Latent attention, grouped-query attention and the rotary embedding: decoding over a cache, and a prompt.
 
   python benchmarks/bench_attention.py  # V2-Lite, 128 to 8192 cached, and a prompt
   python benchmarks/bench_attention.py --model v3 --context 4096 --batch 1,8  # V3, one and eight sequences
@@ -12,4 +12,4 @@ Latent attention and its rotary embedding: decoding over a cache, and a prompt.
 """
 
 if __name__ == "__main__":
-    script(__file__, HELP, "mla_attention,rope")
+    script(__file__, HELP, "mla_attention,attention,rope")

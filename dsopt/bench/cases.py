@@ -97,12 +97,13 @@ DECODE, PREFILL = (1, 4, 16), 512
 ROWS = tuple(Sizes(tokens) for tokens in (*DECODE, PREFILL))
 # what is seconds a call on a small CPU takes a shorter prompt
 SHORT_ROWS = tuple(Sizes(tokens) for tokens in (*DECODE, 128))
+ATTENTION = ("mla_attention", "attention")
 DEFAULT_SIZES: dict[str, tuple[Sizes, ...]] = {
     "gated_mlp": SHORT_ROWS,
     "moe_experts": SHORT_ROWS,
-    "mla_attention": (Sizes(1, 128), Sizes(1, 2048), Sizes(1, 8192), Sizes(PREFILL, PREFILL)),
+    **dict.fromkeys(ATTENTION, (Sizes(1, 128), Sizes(1, 2048), Sizes(1, 8192), Sizes(PREFILL, PREFILL))),
 }
-QUICK_SIZES: dict[str, tuple[Sizes, ...]] = {"mla_attention": (Sizes(1, 16), Sizes(5, 5))}
+QUICK_SIZES: dict[str, tuple[Sizes, ...]] = dict.fromkeys(ATTENTION, (Sizes(1, 16), Sizes(5, 5)))
 QUICK_ROWS = (Sizes(1), Sizes(5))
 
 
@@ -122,7 +123,7 @@ def chosen_sizes(
     defaults = default_sizes(op, quick)
     if not tokens and not context:
         plain = [(s.tokens, s.context) for s in defaults]
-    elif op == "mla_attention":
+    elif op in ATTENTION:
         plain = [
             (t, max(t, c)) for t in tokens or (1,) for c in context or sorted({s.context for s in defaults})
         ]
@@ -215,34 +216,73 @@ def _mla_attention(geo: Geometry, sizes: Sizes) -> Iterator[Case]:
     """Decoding over a cache, the prompt itself, or more of a prompt behind a cache."""
     heads, rank = geo.num_attention_heads, geo.kv_lora_rank
     nope, rope, value = geo.qk_nope_head_dim, geo.qk_rope_head_dim, geo.v_head_dim
-    new, keys = sizes.tokens, max(sizes.context, sizes.tokens)
-    causal = new > 1 and new == keys
+    new, keys, causal = _lengths(sizes)
 
     def make(i: int) -> tuple:
         r = geo.data.random(i)
         q = r(sizes.batch, new, heads, nope + rope).transpose(1, 2)
         kv_b = r(heads, nope + value, rank, scale=rank**-0.5)
-        mask = None
-        if new > 1 and not causal:
-            last = torch.arange(keys - new, keys, device=geo.data.device)
-            mask = (torch.arange(keys, device=geo.data.device)[None, :] <= last[:, None])[None, None]
         return (
             q[..., :nope], q[..., nope:], r(sizes.batch, keys, rank), r(sizes.batch, keys, rope),
-            kv_b[:, :nope], kv_b[:, nope:], mask, (nope + rope) ** -0.5, causal,
+            kv_b[:, :nope], kv_b[:, nope:], _mask(sizes, geo.data.device), (nope + rope) ** -0.5, causal,
         )  # fmt: skip
 
     yield Case(OPS["mla_attention"], f"{heads} heads", sizes, make, witness=_some_queries)
 
 
+def _lengths(sizes: Sizes) -> tuple[int, int, bool]:
+    """New tokens, keys they see, and whether these are one prompt."""
+    new, keys = sizes.tokens, max(sizes.context, sizes.tokens)
+    return new, keys, new > 1 and new == keys
+
+
+def _mask(sizes: Sizes, device: str) -> torch.Tensor | None:
+    """What several new tokens behind a cache may see; a prompt alone is causal, and one token sees all."""
+    new, keys, causal = _lengths(sizes)
+    if new <= 1 or causal:
+        return None
+    last = torch.arange(keys - new, keys, device=device)
+    return (torch.arange(keys, device=device)[None, :] <= last[:, None])[None, None]
+
+
+def _attention(geo: Geometry, sizes: Sizes) -> Iterator[Case]:
+    """Grouped-query attention as dense models have it; no preset does."""
+    heads, kv_heads, width = (4, 2, 16) if geo.hidden_size < 1024 else (32, 8, 128)
+    new, keys, causal = _lengths(sizes)
+
+    def make(i: int) -> tuple:
+        r = geo.data.random(i)
+        q = r(sizes.batch, new, heads, width).transpose(1, 2)
+        k, v = (r(sizes.batch, kv_heads, keys, width) for _ in range(2))
+        args = q, k, v, _mask(sizes, geo.data.device), width**-0.5, causal
+        return OPS["attention"].bind(args)
+
+    yield Case(OPS["attention"], f"{heads} heads on {kv_heads}", sizes, make, witness=_some_rows_of_queries)
+
+
+def _some_rows_of_queries(args: tuple) -> tuple[tuple, Callable]:
+    """The first, middle and last query of the first sequence."""
+    q, k, v, mask, scale, is_causal, sinks = args
+    rows, mask = _picked(q.shape[2], k.shape[2], mask, is_causal, q.device)
+    return (q[:1, :, rows], k[:1], v[:1], mask, scale, False, sinks), lambda results: [
+        y[:1, rows] for y in results
+    ]
+
+
+def _picked(
+    new: int, keys: int, mask: torch.Tensor | None, is_causal: bool, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The first, middle and last of the new tokens, and what they see of the first sequence."""
+    rows = torch.tensor(sorted({0, new // 2, new - 1}), device=device)
+    if is_causal:
+        return rows, (torch.arange(keys, device=device)[None, :] <= rows[:, None])[None, None]
+    return rows, None if mask is None else mask[:1, :, rows]
+
+
 def _some_queries(args: tuple) -> tuple[tuple, Callable]:
     """The first, middle and last query of the first sequence."""
     q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal = args
-    new, keys = q_nope.shape[2], latent.shape[1]
-    rows = torch.tensor(sorted({0, new // 2, new - 1}), device=q_nope.device)
-    if is_causal:
-        mask = (torch.arange(keys, device=rows.device)[None, :] <= rows[:, None])[None, None]
-    elif mask is not None:
-        mask = mask[:1, :, rows]
+    rows, mask = _picked(q_nope.shape[2], latent.shape[1], mask, is_causal, q_nope.device)
     q = q_nope[:1, :, rows], q_rope[:1, :, rows]
     small = *q, latent[:1], k_rope[:1], w_uk, w_uv, mask, scale, False
     return small, lambda results: [y[:1, rows] for y in results]
@@ -322,6 +362,7 @@ CASES: dict[str, Callable[[Geometry, Sizes], Iterator[Case]]] = {
     "multi_linear": _multi_linear,
     "gated_mlp": _gated_mlp,
     "mla_attention": _mla_attention,
+    "attention": _attention,
     "moe_route": _moe_route,
     "moe_experts": _moe_experts,
 }

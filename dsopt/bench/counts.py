@@ -76,6 +76,13 @@ def _mla_attention(args: tuple, results: Sequence[torch.Tensor]) -> tuple[int, i
     return nbytes(*tensors(args), *results), heads * min(absorbed, expanded)
 
 
+def _attention(args: tuple, results: Sequence[torch.Tensor]) -> tuple[int, int]:
+    q, k, v, mask, _, is_causal = args[:6]
+    batch, heads, new, width = q.shape
+    pairs = seen_pairs(mask, is_causal, batch, new, k.shape[2])
+    return nbytes(*tensors(args), *results), 2 * heads * pairs * (width + v.shape[3])
+
+
 def _moe_experts(args: tuple, results: Sequence[torch.Tensor]) -> tuple[int, int]:
     x, ids, weights, w13, w2, w3, b13, b2, b3 = args[:9]
     shared = args[13:16]
@@ -95,6 +102,7 @@ COUNTS: dict[str, Callable[[tuple, Sequence[torch.Tensor]], tuple[int, int]]] = 
     "multi_linear": _multi_linear,
     "gated_mlp": _gated_mlp,
     "mla_attention": _mla_attention,
+    "attention": _attention,
     "moe_route": _per_element(0),
     "moe_experts": _moe_experts,
 }

@@ -69,6 +69,23 @@ def mla_attention(
     return out.transpose(1, 2).contiguous()
 
 
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    is_causal: bool = False,
+    sinks: None = None,
+) -> torch.Tensor:
+    """Keys and values repeated for the heads they serve, then fused attention, as in transformers."""
+    batch, heads, _, _ = q.shape
+    times = heads // k.shape[1]
+    k, v = (x[:, :, None].expand(-1, -1, times, -1, -1).reshape(batch, heads, *x.shape[2:]) for x in (k, v))
+    out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, is_causal=is_causal)
+    return out.transpose(1, 2).contiguous()
+
+
 def moe_route(
     logits: torch.Tensor,
     topk: int,
@@ -135,6 +152,7 @@ EAGER: dict[str, Callable] = {
     "multi_linear": OPS["multi_linear"].reference,
     "gated_mlp": OPS["gated_mlp"].reference,
     "mla_attention": mla_attention,
+    "attention": attention,
     "moe_route": moe_route,
     "moe_experts": moe_experts,
 }

@@ -18,7 +18,7 @@ from dsopt.ops import OPS
 ROOT = Path(dsopt.__file__).resolve().parents[1]
 SCRIPTS = {
     "run": tuple(OPS),
-    "bench_attention": ("mla_attention", "rope"),
+    "bench_attention": ("mla_attention", "attention", "rope"),
     "bench_linear": ("multi_linear", "gated_mlp"),
     "bench_model": ("model",),
     "bench_moe": ("moe_route", "moe_experts"),
