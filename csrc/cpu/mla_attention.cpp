@@ -5,11 +5,13 @@
 //   out[h]    = w_uv[h] @ (sum_t softmax(score)[t] latent[t])
 //
 // Keys are taken in splits of kSplit, and these in chunks of kChunk that are widened to float32 once for a
-// group of rows (a row is one head of one new token) and used for scores and sums while in cache. Each
+// group of rows (a row is one head of one new token) and used for scores and sums while in cache. Rows lie
+// side by side in the lanes of vectors, so a softmax over keys needs no sum across lanes. Each
 // split gives a partial (maximum, sum of weights, weighted sum of latents) per row; partials are merged in
 // the order of the keys. What a row's answer is made of is fixed by its keys alone, so it does not depend
 // on the number of threads, on the batch, or on how long the buffer behind the visible keys is.
 #include "dsopt/kernels.h"
+#include "dsopt/lanes.h"
 #include "dsopt/masks.h"
 #include "dsopt/parallel.h"
 #include "dsopt/simd.h"
@@ -21,13 +23,16 @@ namespace {
 
 constexpr int64_t kChunk = 64;
 constexpr int64_t kSplit = 512;
-constexpr int64_t kGroup = 32;
+constexpr int64_t kGroup = 64;
 constexpr int64_t kPad = 16;
 constexpr int64_t kWeightRows = 8;
+constexpr int64_t kDotBlock = 8;  // keys
+
+static_assert(kChunk == 64 && kGroup % kPanel == 0, "as key_products takes them; a group is whole panels");
 
 struct Layout {
   int64_t rows, groups, chunks, splits, slots;
-  int64_t rank_pad, rope_pad, depth, stride;  // a widened key or query: latent, zeros, rope, zeros, unused
+  int64_t rank_pad, width, width_pad;  // width: of a query, latent and rotary part
 };
 
 template <class T>
@@ -36,7 +41,7 @@ struct Attention {
   Layout l;
   int threads;
 
-  float* queries;            // [batch][groups * kGroup][stride]
+  float* queries;            // [batch][groups][panels], each as `place` says
   float* partials;           // [batch][groups][slots][kGroup][2 + rank_pad]
   QueryMasks<kChunk> masks;  // of queries b * tokens + s
   float* private_memory;
@@ -48,37 +53,59 @@ struct Attention {
     l.chunks = (a.cached + kChunk - 1) / kChunk;
     l.splits = (a.cached + kSplit - 1) / kSplit;
     l.rank_pad = round_up(a.rank, kPad);
-    l.rope_pad = round_up(a.rope, kPad);
-    l.depth = l.rank_pad + l.rope_pad;
-    // an odd number of cache lines, so that a column of the block spreads over all sets of the cache
-    l.stride = l.depth + (l.depth / kPad % 2 ? 0 : kPad);
-    threads = team_size(a.batch * l.rows * (a.rank * (a.nope + a.value) + a.cached * (a.rank + l.depth)));
+    l.width = a.rank + a.rope;
+    l.width_pad = round_up(l.width, kPad);
+    threads = team_size(a.batch * l.rows * (a.rank * (a.nope + a.value) + a.cached * (a.rank + l.width)));
     // with enough rows for all threads each item takes all splits in turn, and only merged partials are kept
     l.slots = a.batch * l.groups >= 2 * threads ? 1 : l.splits;
 
-    const int64_t queries_size = a.batch * l.groups * kGroup * l.stride;
+    const int64_t queries_size = a.batch * l.groups * kGroup * l.width_pad;
     const int64_t partials_size = a.batch * l.groups * l.slots * kGroup * (2 + l.rank_pad);
     const Tensor4 mask{a.mask.data, a.mask.stride0, 0, a.mask.stride1};
     masks = {mask, a.mask_kind, a.hidden, a.causal, 1, a.tokens, a.cached};
     const int64_t flags_size = round_up(masks.flags_size(a.batch * a.tokens), 64) / 4;
     const int64_t value_pad = round_up(a.value, kPad);
-    const int64_t block = kChunk * l.stride + kGroup * kChunk + kGroup * (2 + l.rank_pad) + kGroup + kChunk;
-    const int64_t heads = kDotRows * (round_up(a.nope, kPad) + l.rank_pad + value_pad + 1);
+    const int64_t block = block_size() + 2 * kPanel * kChunk + kGroup * (2 + l.rank_pad);
+    const int64_t heads = kDotRows * (round_up(a.nope, kPad) + l.rank_pad + round_up(a.rope, kPad) + value_pad);
     private_size = round_up(block > heads ? block : heads, kPad);
     const int64_t floats = queries_size + partials_size + flags_size + threads * private_size;
     queries = static_cast<float*>(scratch(static_cast<unsigned long>(floats) * sizeof(float)));
     partials = queries + queries_size;
     private_memory = partials + partials_size;
     masks.flags = reinterpret_cast<uint8_t*>(private_memory + threads * private_size);
-    // rows that only fill up a tile: their results are not read, but should not be slow subnormals either
+    // lanes without a row: their results are not read, but should not be slow subnormals either
+    const int64_t panel = (rows_of(l.groups - 1) - 1) / kPanel, rows = rows_of_panel(l.groups - 1, panel);
     for (int64_t b = 0; b < a.batch; ++b) {
-      for (int64_t row = l.rows; row < round_up(l.rows, kSumRows); ++row) {
-        for (int64_t i = 0; i < l.depth; ++i) query(b, row)[i] = 0.0f;
+      for (int64_t r = rows; r < vecs(rows) * kLanes; ++r) {
+        const Place p = place(b, l.groups - 1, panel, r);
+        for (int64_t i = 0; i < l.width_pad; ++i) p.row[i * p.step] = 0.0f;
       }
     }
   }
 
-  float* query(int64_t b, int64_t row) const { return queries + (b * l.groups * kGroup + row) * l.stride; }
+  // where a row of a panel lies, and how far apart its elements: one behind another, or in lanes
+  struct Place {
+    float* row;
+    int64_t step;
+  };
+
+  Place place(int64_t b, int64_t group, int64_t panel, int64_t row) const {
+    const int64_t lanes = vecs(rows_of_panel(group, panel)) * kLanes;
+    float* p = panel_of(b, group, panel);
+    return lanes == kLanes ? Place{p + row * l.width_pad, 1} : Place{p + row, lanes};
+  }
+
+  // a chunk of widened keys
+  int64_t block_size() const { return wide_slices(l.width) * kChunk * kWideStride; }
+
+  int64_t rows_of_panel(int64_t group, int64_t panel) const { return min(kPanel, rows_of(group) - panel * kPanel); }
+
+  // the vectors a panel's rows take
+  int64_t vecs(int64_t rows) const { return (rows + kLanes - 1) / kLanes; }
+
+  float* panel_of(int64_t b, int64_t group, int64_t panel) const {
+    return queries + ((b * l.groups + group) * kGroup + panel * kPanel) * l.width_pad;
+  }
 
   Partial partial(int64_t b, int64_t group, int64_t slot) const {
     return partial_at(partials + ((b * l.groups + group) * l.slots + slot) * kGroup * (2 + l.rank_pad));
@@ -98,8 +125,9 @@ struct Attention {
 
   template <int ROWS>
   void make_query_tile(int64_t head, int64_t first, float* nope) const {
-    const int64_t nope_pad = round_up(a.nope, kPad);
+    const int64_t nope_pad = round_up(a.nope, kPad), rope_pad = round_up(a.rope, kPad);
     const float zero[4] = {}, one[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+    float* const rope = nope + ROWS * nope_pad;
     float* out[4];
     for (int i = 0; i < ROWS; ++i) {
       const int64_t b = (first + i) / a.tokens, s = (first + i) % a.tokens;
@@ -108,9 +136,9 @@ struct Attention {
       for (int64_t d = 0; d < a.nope; ++d) nope[i * nope_pad + d] = to_float(q[d]) * a.scale;
       const T* r = static_cast<const T*>(a.q_rope.data) + b * a.q_rope.stride0 + head * a.q_rope.stride1 +
                    s * a.q_rope.stride2;
-      out[i] = query(b, s * a.heads + head);
-      for (int64_t c = 0; c < l.depth; ++c) out[i][c] = 0.0f;
-      for (int64_t d = 0; d < a.rope; ++d) out[i][l.rank_pad + d] = to_float(r[d]) * a.scale;
+      for (int64_t d = 0; d < a.rope; ++d) rope[i * rope_pad + d] = to_float(r[d]) * a.scale;
+      out[i] = rope + ROWS * rope_pad + i * l.rank_pad;
+      for (int64_t c = 0; c < l.rank_pad; ++c) out[i][c] = 0.0f;
     }
     const T* w = static_cast<const T*>(a.w_uk.data) + head * a.w_uk.stride0;
     // a few rows of w at a time: reads memory in order, while the results stay in the first-level cache
@@ -119,13 +147,22 @@ struct Attention {
       sum_rows<ROWS, kSumVecs, true>(nope + d, nope_pad, min(kWeightRows, a.nope - d), rows, a.w_uk.stride1, a.rank,
                                      d == 0 ? zero : one, out, kWeightRows * a.w_uk.stride1);
     }
+    for (int i = 0; i < ROWS; ++i) {
+      const int64_t b = (first + i) / a.tokens, row = (first + i) % a.tokens * a.heads + head;
+      const Place p = place(b, row / kGroup, row % kGroup / kPanel, row % kPanel);
+      for (int64_t c = 0; c < a.rank; ++c) p.row[c * p.step] = out[i][c];
+      for (int64_t d = 0; d < l.width_pad - a.rank; ++d) {
+        p.row[(a.rank + d) * p.step] = d < a.rope ? rope[i * rope_pad + d] : 0.0f;
+      }
+    }
   }
 
-  static void widen_row(const T* from, int64_t n, float* to, int64_t padded) {
+  // elements from .. from + n of x, at most a slice, to where they belong in a key's slice
+  static void widen_row(const T* x, int64_t from, int64_t n, float* to) {
     int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
-    if (i < n) store(to + i, load_some(from + i, n - i));
-    for (i = round_up(n, kLanes); i < padded; i += kLanes) store(to + i, Vec{});
+    for (; i + kLanes <= n; i += kLanes) store(to + i, load(x + from + i));
+    // may write behind the slice, where there is room
+    if (i < n) store(to + i, load_some(x + from + i, n - i));
   }
 
   const T* latent(int64_t b, int64_t t) const {
@@ -136,20 +173,33 @@ struct Attention {
     return static_cast<const T*>(a.k_rope.data) + b * a.k_rope.stride0 + t * a.k_rope.stride1;
   }
 
-  // keys first .. first + kDotKeys of n as float32 rows, zero rows from n on
-  void widen(int64_t b, int64_t first, int64_t n, float* block) const {
-    for (int64_t t = 0; t < kDotKeys; ++t, block += l.stride) {
-      const bool real = first + t < n;
-      widen_row(latent(b, first + t), real ? a.rank : 0, block, l.rank_pad);
-      widen_row(k_rope(b, first + t), real ? a.rope : 0, block + l.rank_pad, l.rope_pad);
+  // elements of keys: those of keys first .. last of a chunk, from .. to of each
+  struct Part {
+    int64_t first, last, from, to;
+  };
+
+  // widens a part, one slice or all, of the chunk that starts at key `start`, none behind the last key; zeros follow up
+  // to a whole vector
+  void widen(int64_t b, int64_t start, Part part, float* block) const {
+    for (int64_t t = part.first; t < min(part.last, a.cached - start); ++t) {
+      for (int64_t i = part.from; i < part.to; i += kWide) {
+        float* slice = block + wide_at(kChunk, t, i);
+        const int64_t end = min(i + kWide, part.to), of_latent = max(int64_t{0}, min(end, a.rank) - i);
+        widen_row(latent(b, start + t), i, of_latent, slice);
+        widen_row(k_rope(b, start + t), max(i, a.rank) - a.rank, end - i - of_latent, slice + of_latent);
+        for (int64_t j = end - i; j % kLanes; ++j) slice[j] = 0.0f;
+      }
     }
   }
 
-  void prefetch(int64_t b, int64_t first, int64_t n) const {
+  // brings the same part of another chunk nearer
+  void prefetch(int64_t b, int64_t start, Part part) const {
     constexpr int64_t line = 64 / sizeof(T);
-    for (int64_t t = first; t < min(first + n, a.cached); ++t) {
-      for (int64_t i = 0; i < a.rank; i += line) __builtin_prefetch(latent(b, t) + i, 0, 2);
-      for (int64_t i = 0; i < a.rope; i += line) __builtin_prefetch(k_rope(b, t) + i, 0, 2);
+    for (int64_t t = start + part.first; t < min(start + part.last, a.cached); ++t) {
+      for (int64_t i = part.from; i < min(part.to, a.rank); i += line) __builtin_prefetch(latent(b, t) + i, 0, 2);
+      for (int64_t i = max(part.from, a.rank) - a.rank; i < part.to - a.rank; i += line) {
+        __builtin_prefetch(k_rope(b, t) + i, 0, 2);
+      }
     }
   }
 
@@ -161,40 +211,120 @@ struct Attention {
     return false;
   }
 
-  void attend_chunk(int64_t b, int64_t group, int64_t chunk, int64_t next, Partial p, float* memory) const {
-    float* block = memory;
-    float* scores = block + kChunk * l.stride;
-    float* keep = scores + kGroup * kChunk;
-    float* bias = keep + kGroup;
-    const int64_t rows = rows_of(group), padded = round_up(rows, kSumRows);
-    const int64_t first = chunk * kChunk, n = min(kChunk, a.cached - first);
-    const float* q = query(b, group * kGroup);
+  // scores of the chunk's keys and rows `first_row` .. of a group, as [key][lane], and the same softened:
+  // weights relative to the rows' largest scores, which change, as do their totals
+  template <int VECS>
+  void soften_panel(int64_t b, int64_t first_row, int64_t rows, int64_t chunk, float* scores, float* bias,
+                    float* maximum, float* total, float* keep) const {
+    constexpr int64_t lanes = VECS * kLanes;
+    const float* add = make_biases(b, first_row, rows, chunk, lanes, bias);
+    for (int64_t j = 0; j < lanes; j += kLanes) {
+      const Vec before = load(maximum + j);
+      Vec best = before;
+      for (int64_t t = 0; t < kChunk; ++t) {
+        float* score = scores + t * lanes + j;
+        Vec v = load(score);
+        if (add) {
+          // a hidden key's score may be anything, behind the last key even memory that was never written
+          const Vec x = load(add + t * lanes + j);
+          v = x == -kInfinity ? x : v + x;
+          store(score, v);
+        }
+        best = max(v, best);
+      }
+      // where nothing was visible so far all scores are -infinity, and so are their differences to anything finite
+      const Vec from = best == -kInfinity ? Vec{} : best;
+      Vec sums = {};
+      for (int64_t t = 0; t < kChunk; ++t) {
+        float* score = scores + t * lanes + j;
+        const Vec v = exp_nonpositive(load(score) - from);
+        sums += v;
+        store(score, v);
+      }
+      const Vec kept = best == -kInfinity ? splat(1.0f) : exp_nonpositive(before - from);
+      store(keep + j, kept);
+      store(total + j, madd(load(total + j), kept, sums));
+      store(maximum + j, best);
+    }
+  }
 
-    for (int64_t t = 0; t < n; t += kDotKeys) {
-      if (next >= 0) prefetch(b, next * kChunk + t, kDotKeys);
-      float* k = block + t * l.stride;
-      widen(b, first + t, a.cached, k);
-      const float* keys[4] = {k, k + l.stride, k + 2 * l.stride, k + 3 * l.stride};
-      for (int64_t r = 0; r < padded; r += kDotRows) {
-        dot_tile<kDotRows>(q + r * l.stride, l.stride, keys, l.depth, scores + r * kChunk + t, kChunk);
+  // what the masks add to scores [key][lane] of a chunk, or null if nothing
+  const float* make_biases(int64_t b, int64_t first_row, int64_t rows, int64_t chunk, int64_t lanes,
+                           float* bias) const {
+    const int64_t first = first_row / a.heads, last = (first_row + rows - 1) / a.heads;
+    bool plain = true;
+    for (int64_t s = first; s <= last; ++s) plain &= masks.chunk_of(b * a.tokens + s, chunk) == kPlain;
+    if (plain) return nullptr;
+    for (int64_t i = 0; i < kChunk * lanes; ++i) bias[i] = 0.0f;
+    float of_token[kChunk];
+    for (int64_t s = first; s <= last; ++s) {
+      masks.make_bias(b * a.tokens + s, chunk * kChunk, of_token);
+      const int64_t from = max(first_row, s * a.heads), to = min(first_row + rows, (s + 1) * a.heads);
+      for (int64_t t = 0; t < kChunk; ++t) {
+        for (int64_t r = from; r < to; ++r) bias[t * lanes + r - first_row] = of_token[t];
       }
     }
+    return bias;
+  }
 
-    const bool masked = masks.any() || n < kChunk;
-    int64_t token = -1;
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t s = (group * kGroup + r) / a.heads;
-      if (masked && s != token) masks.make_bias(b * a.tokens + (token = s), first, bias);
-      keep[r] = soften<kChunk>(scores + r * kChunk, masked ? bias : nullptr, p.maximum + r, p.total + r);
+  // one panel of a group's rows and one chunk of keys, widened here if this is the group's first panel
+  template <int VECS>
+  void attend_panel(int64_t b, int64_t group, int64_t panel, int64_t chunk, int64_t next, Partial p,
+                    float* block) const {
+    constexpr int64_t lanes = VECS * kLanes;
+    float* scores = block + block_size();
+    float* bias = scores + kPanel * kChunk;
+    float keep[lanes];
+    const int64_t rows = rows_of_panel(group, panel), at = panel * kPanel;
+    const int64_t first = chunk * kChunk, n = min(kChunk, a.cached - first);
+    const float* queries_of_panel = panel_of(b, group, panel);
+    // a few lines at a time, beside products: many at once would wait for memory
+    const auto fetch = [&](int64_t t, int64_t keys, int64_t from, int64_t to) __attribute__((always_inline)) {
+      if (panel == 0 && next >= 0) prefetch(b, next * kChunk, {t, t + keys, from, to});
+    };
+    if constexpr (VECS == 1) {
+      // lanes that no row fills get a score, too
+      const int64_t used = round_up(rows, kDotKeys), some = (kDotBlock * kDotKeys + used - 1) / used;
+      for (int64_t t = 0; used < lanes && t < kChunk; ++t) store(scores + t * lanes, Vec{});
+      // some keys and four rows stay in the first-level cache
+      for (int64_t from = 0; from < n; from += kDotBlock) {
+        if (panel == 0) widen(b, first, {from, from + kDotBlock, 0, l.width}, block);
+        for (int64_t r = 0; r < used; r += kDotKeys) {
+          fetch(from + r / kDotKeys * some, some, 0, l.width);
+          for (int64_t t = from; t < from + kDotBlock; t += kDotRows) {
+            dot_keys(block + t * kWideStride, kChunk, queries_of_panel + r * l.width_pad, l.width_pad, l.width,
+                     scores + t * lanes + r);
+          }
+        }
+      }
+    } else {
+      for (int64_t i = 0; i < l.width; i += kWide) {
+        const int64_t end = min(i + kWide, l.width);
+        if (panel == 0) widen(b, first, {0, n, i, end}, block);
+        key_products<VECS>(block + wide_at(kChunk, 0, i), queries_of_panel + i * lanes, end - i, i > 0, scores,
+                           [&](int64_t t, int64_t keys) { fetch(t, keys, i, end); });
+      }
     }
-    for (int64_t r = rows; r < padded; ++r) keep[r] = 0.0f;
+    soften_panel<VECS>(b, group * kGroup + at, rows, chunk, scores, bias, p.maximum + at, p.total + at, keep);
+    for (int64_t c = 0; c < l.rank_pad;) {
+      // a whole tile, or single vectors up to the end of the slice
+      const bool whole = c + kPanel <= l.rank_pad;
+      const auto weigh = whole ? weigh_rows<kTileVecs> : weigh_rows<1>;
+      for (int64_t r = 0; r < rows; r += kTileRows) {
+        weigh(min(kTileRows, rows - r), scores + r, lanes, n, block + wide_at(kChunk, 0, c), keep + r,
+              p.sum + (at + r) * l.rank_pad + c, l.rank_pad);
+      }
+      c += whole ? kPanel : kLanes;
+    }
+  }
 
-    for (int64_t c = 0; c < l.rank_pad; c += kSumVecs * kLanes) {
-      const int64_t width = min(kSumVecs * kLanes, l.rank_pad - c);
-      for (int64_t r = 0; r < padded; r += kSumRows) {
-        float* o = p.sum + r * l.rank_pad + c;
-        float* const out[4] = {o, o + l.rank_pad, o + 2 * l.rank_pad, o + 3 * l.rank_pad};
-        sum_rows<kSumRows, kSumVecs>(scores + r * kChunk, kChunk, n, block + c, l.stride, width, keep + r, out);
+  void attend_chunk(int64_t b, int64_t group, int64_t chunk, int64_t next, Partial p, float* memory) const {
+    for (int64_t panel = 0; panel * kPanel < rows_of(group); ++panel) {
+      switch (vecs(rows_of_panel(group, panel))) {
+        case 1: attend_panel<1>(b, group, panel, chunk, next, p, memory); break;
+        case 2: attend_panel<2>(b, group, panel, chunk, next, p, memory); break;
+        case 3: if constexpr (kTileVecs > 2) attend_panel<3>(b, group, panel, chunk, next, p, memory); break;
+        case 4: if constexpr (kTileVecs > 2) attend_panel<4>(b, group, panel, chunk, next, p, memory); break;
       }
     }
   }
@@ -214,14 +344,13 @@ struct Attention {
     chunks[count] = -1;
     clear(p);
     if (count == 0) return;
-    for (int64_t i = 0; i < round_up(rows_of(group), kSumRows) * l.rank_pad; ++i) p.sum[i] = 0.0f;
+    for (int64_t i = 0; i < rows_of(group) * l.rank_pad; ++i) p.sum[i] = 0.0f;
     for (int i = 0; i < count; ++i) attend_chunk(b, group, chunks[i], chunks[i + 1], p, memory);
   }
 
   void attend_all(int64_t b, int64_t group, float* memory) const {
     const Partial merged = partial(b, group, 0);
-    const int64_t used = kChunk * l.stride + kGroup * kChunk + kGroup + kChunk;
-    const Partial one = partial_at(memory + used);
+    const Partial one = partial_at(memory + block_size() + 2 * kPanel * kChunk);
     clear(merged);
     for (int64_t split = 0; split < l.splits; ++split) {
       attend_split(b, group, split, one, memory);
@@ -252,6 +381,8 @@ struct Attention {
       for (int64_t c = 0; c < l.rank_pad; c += kLanes) {
         store(p.sum + c, maximum == -kInfinity ? Vec{} : load(p.sum + c) * factor);
       }
+      // behind the latent a block holds other things
+      for (int64_t c = a.rank; c < l.rank_pad; ++c) p.sum[c] = 0.0f;
     }
     const T* w = static_cast<const T*>(a.w_uv.data) + head * a.w_uv.stride0;
     for (int64_t v = 0; v < a.value; v += kDotKeys) {

@@ -133,7 +133,8 @@ struct QueryMasks {
     for (int64_t c = 0; c < chunks(); ++c) {
       const int64_t first = c * CHUNK, n = min(CHUNK, keys - first);
       const Range r = n > 0 ? range(p + first, n) : Range{-kInfinity, false};
-      visible[c] = r.largest > hidden ? (r.plain && n == CHUNK ? kPlain : kSome) : r.largest > -kInfinity ? low : kHidden;
+      visible[c] = r.largest > -kInfinity ? low : kHidden;
+      if (r.largest > hidden) visible[c] = r.plain && n == CHUNK ? kPlain : kSome;
       best = max(r.largest, best);
     }
     const uint8_t its_kind = best > hidden ? kNormal : best > -kInfinity ? kLiteral : kDead;

@@ -29,6 +29,22 @@ DSOPT_INLINE void store_rows(Vec v, float* out, int64_t out_stride) {
   for (int i = 0; i < ROWS; ++i) __builtin_memcpy(out + i * out_stride, part + 4 * i, 4 * sizeof(float));
 }
 
+// out[i][j] = sum of acc[i][j] for i < ROWS (1 or kDotRows), j < 4
+template <int ROWS>
+DSOPT_INLINE void store_dots(const Vec (&acc)[ROWS][kDotKeys], float* out, int64_t out_stride) {
+  Vec rows[4] = {};
+  DSOPT_UNROLL
+  for (int i = 0; i < ROWS; ++i) rows[i] = fold_row(acc[i]);
+  if constexpr (kLanes == 16) {
+    store_rows<ROWS>(add_pairs(add_pairs(rows[0], rows[1]), add_pairs(rows[2], rows[3])), out, out_stride);
+  } else if constexpr (kLanes == 8) {
+    store_rows<ROWS>(add_pairs(rows[0], rows[1]), out, out_stride);
+  } else {
+    DSOPT_UNROLL
+    for (int i = 0; i < ROWS; ++i) store_rows<1>(rows[i], out + i * out_stride, out_stride);
+  }
+}
+
 // out[i][j] = sum_k a[i][k] * b[j][k] for i < ROWS (1 or kDotRows), j < 4
 // a: float32 rows, zero from k up to a multiple of kLanes; b[j]: rows of T, k long
 // AHEAD: fetch what lies `ahead` elements further on in b
@@ -65,17 +81,7 @@ DSOPT_INLINE void dot_tile(const float* a, int64_t a_stride, const T* const* b, 
     const int64_t n = k - at;
     step(at, load_some(b0 + at, n), load_some(b1 + at, n), load_some(b2 + at, n), load_some(b3 + at, n));
   }
-  Vec rows[4] = {};
-  DSOPT_UNROLL
-  for (int i = 0; i < ROWS; ++i) rows[i] = fold_row(acc[i]);
-  if constexpr (kLanes == 16) {
-    store_rows<ROWS>(add_pairs(add_pairs(rows[0], rows[1]), add_pairs(rows[2], rows[3])), out, out_stride);
-  } else if constexpr (kLanes == 8) {
-    store_rows<ROWS>(add_pairs(rows[0], rows[1]), out, out_stride);
-  } else {
-    DSOPT_UNROLL
-    for (int i = 0; i < ROWS; ++i) store_rows<1>(rows[i], out + i * out_stride, out_stride);
-  }
+  store_dots<ROWS>(acc, out, out_stride);
 }
 
 // out[i][:] = out[i][:] * keep[i] + sum_k a[i][k] * b[k][:] over VECS vectors of columns, i < ROWS
