@@ -8,6 +8,7 @@
 // lie and many rows as a copy in float32. Each split gives a partial (maximum, sum of weights, weighted sum of values)
 // per row; partials are merged in the order of the keys. What a row's answer is made of is fixed by its keys alone, so
 // it does not depend on the number of threads, on the batch, or on how long the buffer behind the visible keys is.
+#include "dsopt/dtypes.h"
 #include "dsopt/kernels.h"
 #include "dsopt/masks.h"
 #include "dsopt/parallel.h"
@@ -290,7 +291,7 @@ struct Grouped {
 }  // namespace
 
 void attention(const GroupedAttention& args) {
-  args.dtype == Dtype::float32 ? Grouped<float>(args).run() : Grouped<Bf16>(args).run();
+  by_dtype(args.dtype, [&](auto element) { Grouped<decltype(element)>(args).run(); });
 }
 
 }  // namespace dsopt::DSOPT_VARIANT

@@ -5,6 +5,7 @@
 // tile of a few at a time. So no more than a tile of scores exists at a time. Chunks of keys that no row of a tile sees
 // are left out. What a row's answer is made of is fixed by its keys and its mask alone.
 #include "dsopt/blocks.h"
+#include "dsopt/dtypes.h"
 #include "dsopt/kernels.h"
 #include "dsopt/parallel.h"
 #include "dsopt/softmax.h"
@@ -167,7 +168,7 @@ struct Prefill {
 }  // namespace
 
 void attention_prefill(const GroupedAttention& args) {
-  args.dtype == Dtype::float32 ? Prefill<float>(args).run() : Prefill<Bf16>(args).run();
+  by_dtype(args.dtype, [&](auto element) { Prefill<decltype(element)>(args).run(); });
 }
 
 }  // namespace dsopt::DSOPT_VARIANT

@@ -68,13 +68,20 @@ void register_isa(py::module_& m) {
         "Use this instruction set; an empty name means DSOPT_ISA, or the best one. ValueError if it is not there.");
 }
 
+void register_dtypes(py::module_& m) {
+  py::enum_<Dtype>(m, "Dtype")
+      .value("float32", Dtype::float32)
+      .value("bfloat16", Dtype::bfloat16)
+      .value("float16", Dtype::float16);
+}
+
 void register_rms_norm(py::module_& m) {
   m.def(
       "rms_norm",
       [](uintptr_t x, uintptr_t residual, uintptr_t weight, uintptr_t out, uintptr_t total, int64_t rows,
-         int64_t hidden, int64_t x_stride, int64_t residual_stride, float eps, bool bfloat16) {
+         int64_t hidden, int64_t x_stride, int64_t residual_stride, float eps, Dtype dtype) {
         const RmsNorm args{pointer(x), pointer(residual), pointer(weight), writable(out), writable(total), rows,
-                           hidden, x_stride, residual_stride, eps, bfloat16 ? Dtype::bfloat16 : Dtype::float32};
+                           hidden, x_stride, residual_stride, eps, dtype};
         launch([args] { rms_norm(args); });
       },
       "RMS norm of rows x hidden elements; residual, weight and total may be 0.");
@@ -91,12 +98,12 @@ void register_mla_attention(py::module_& m) {
         name,
         [kernel](const std::array<int64_t, 8>& sizes, const Stack4& q_nope, const Stack4& q_rope, const Stack3& latent,
                  const Stack3& k_rope, const Stack3& w_uk, const Stack3& w_uv, const Stack3& mask, Mask mask_kind,
-                 float hidden, uintptr_t out, float scale, bool causal, bool bfloat16) {
+                 float hidden, uintptr_t out, float scale, bool causal, Dtype dtype) {
           const auto [batch, heads, tokens, cached, rank, nope, rope, value] = sizes;
           const MlaAttention args{batch, heads, tokens, cached, rank, nope, rope, value,
                                   tensor(q_nope), tensor(q_rope), tensor(latent), tensor(k_rope), tensor(w_uk),
                                   tensor(w_uv), tensor(mask), writable(out), scale, hidden, mask_kind,
-                                  bfloat16 ? Dtype::bfloat16 : Dtype::float32, causal};
+                                  dtype, causal};
           launch([kernel, args] { kernel(args); });
         },
         doc);
@@ -112,12 +119,12 @@ void register_attention(py::module_& m) {
         name,
         [kernel](const std::array<int64_t, 8>& sizes, const Stack4& q, const Stack4& k, const Stack4& v,
                  const Stack4& mask, Mask mask_kind, float hidden, uintptr_t sinks, uintptr_t out, float scale,
-                 bool causal, bool bfloat16) {
+                 bool causal, Dtype dtype) {
           const auto [batch, heads, kv_heads, tokens, cached, width, value, mask_heads] = sizes;
           const GroupedAttention args{batch, heads, kv_heads, tokens, cached, width, value,
                                       tensor(q), tensor(k), tensor(v), tensor(mask), mask_heads,
                                       static_cast<const float*>(pointer(sinks)), writable(out), scale, hidden,
-                                      mask_kind, bfloat16 ? Dtype::bfloat16 : Dtype::float32, causal};
+                                      mask_kind, dtype, causal};
           launch([kernel, args] { kernel(args); });
         },
         doc);
@@ -152,12 +159,12 @@ void register_moe_experts(py::module_& m) {
   m.def(
       "moe_experts",
       [](const std::array<int64_t, 5>& sizes, uintptr_t x, int64_t x_stride, const Stack& ids, const Stack& weights,
-         const PyMlps& routed, const PyMlps& shared, uintptr_t out, bool bfloat16) {
+         const PyMlps& routed, const PyMlps& shared, uintptr_t out, Dtype dtype) {
         const auto [tokens, hidden, out_hidden, topk, num_experts] = sizes;
         const MoeExperts args{tokens, hidden, out_hidden, topk, num_experts, pointer(x), x_stride,
                               static_cast<const int64_t*>(tensor(ids).data), ids[1], ids[2],
                               static_cast<const float*>(tensor(weights).data), weights[1], weights[2], mlps(routed),
-                              mlps(shared), writable(out), bfloat16 ? Dtype::bfloat16 : Dtype::float32};
+                              mlps(shared), writable(out), dtype};
         launch([args] { moe_experts(args); });
       },
       "Experts and a shared MLP. sizes: tokens, hidden, out_hidden, topk, num_experts.");
@@ -167,7 +174,7 @@ void register_multi_linear(py::module_& m) {
   m.def(
       "multi_linear",
       [](uintptr_t x, int64_t x_stride, int64_t tokens, int64_t in_features,
-         const std::vector<std::array<int64_t, 5>>& weights, bool bfloat16, bool bfloat16_out) {
+         const std::vector<std::array<int64_t, 5>>& weights, Dtype dtype, Dtype out_dtype) {
         std::vector<MultiLinear::Weight> all;
         all.reserve(weights.size());
         for (const auto& [data, stride, out_features, bias, out] : weights) {
@@ -175,8 +182,8 @@ void register_multi_linear(py::module_& m) {
                          pointer(static_cast<uintptr_t>(bias)), writable(static_cast<uintptr_t>(out))});
         }
         const MultiLinear args{tokens, in_features, static_cast<int64_t>(all.size()), pointer(x), x_stride, nullptr,
-                               bfloat16 ? Dtype::bfloat16 : Dtype::float32,
-                               bfloat16_out ? Dtype::bfloat16 : Dtype::float32};
+                               dtype,
+                               out_dtype};
         launch([args, all = std::move(all)] {
           MultiLinear call = args;
           call.weights = all.data();
@@ -195,12 +202,12 @@ void register_moe_route(py::module_& m) {
       "moe_route",
       [](uintptr_t logits, int64_t stride, uintptr_t bias, uintptr_t weights, uintptr_t ids,
          const std::array<int64_t, 5>& sizes, float outside, float eps, float scale, Scoring scoring, bool top2,
-         bool renormalize, bool bfloat16) {
+         bool renormalize, Dtype dtype) {
         const auto [tokens, num_experts, topk, num_groups, topk_groups] = sizes;
         const MoeRoute args{pointer(logits), stride, static_cast<const float*>(pointer(bias)),
                             static_cast<float*>(writable(weights)), static_cast<int64_t*>(writable(ids)), tokens,
                             num_experts, topk, num_groups, topk_groups, outside, eps, scale, scoring, top2,
-                            renormalize, bfloat16 ? Dtype::bfloat16 : Dtype::float32};
+                            renormalize, dtype};
         launch([args] { moe_route(args); });
       },
       "Choice of experts. sizes: tokens, num_experts, topk, num_groups, topk_groups.");
@@ -210,7 +217,7 @@ void register_rope(py::module_& m) {
   m.def(
       "rope",
       [](const std::array<int64_t, 4>& sizes, const Stack3& x, const Stack4& cos, const Stack4& sin, uintptr_t out,
-         bool interleaved_in, bool interleaved_out, bool full_tables, bool bfloat16, bool bfloat16_tables) {
+         bool interleaved_in, bool interleaved_out, bool full_tables, Dtype dtype, Dtype table_dtype) {
         Rope args{};
         std::copy(sizes.begin(), sizes.end(), args.sizes);
         args.x = pointer(x.first), args.cos = pointer(cos.first), args.sin = pointer(sin.first);
@@ -220,8 +227,8 @@ void register_rope(py::module_& m) {
         args.out = writable(out);
         args.interleaved_in = interleaved_in, args.interleaved_out = interleaved_out;
         args.full_tables = full_tables;
-        args.dtype = bfloat16 ? Dtype::bfloat16 : Dtype::float32;
-        args.table_dtype = bfloat16_tables ? Dtype::bfloat16 : Dtype::float32;
+        args.dtype = dtype;
+        args.table_dtype = table_dtype;
         launch([args] { rope(args); });
       },
       "Rotary embedding. sizes: three outer dimensions and the width; x: address and outer strides; cos, sin: address and strides.");
@@ -232,6 +239,7 @@ void register_rope(py::module_& m) {
 PYBIND11_MODULE(_cpu, m) {
   register_isa(m);
   register_program(m);
+  register_dtypes(m);
   register_rms_norm(m);
   register_mla_attention(m);
   register_attention(m);

@@ -10,6 +10,7 @@
 // split gives a partial (maximum, sum of weights, weighted sum of latents) per row; partials are merged in
 // the order of the keys. What a row's answer is made of is fixed by its keys alone, so it does not depend
 // on the number of threads, on the batch, or on how long the buffer behind the visible keys is.
+#include "dsopt/dtypes.h"
 #include "dsopt/kernels.h"
 #include "dsopt/lanes.h"
 #include "dsopt/masks.h"
@@ -431,7 +432,7 @@ struct Attention {
 }  // namespace
 
 void mla_attention(const MlaAttention& args) {
-  args.dtype == Dtype::float32 ? Attention<float>(args).run() : Attention<Bf16>(args).run();
+  by_dtype(args.dtype, [&](auto element) { Attention<decltype(element)>(args).run(); });
 }
 
 }  // namespace dsopt::DSOPT_VARIANT

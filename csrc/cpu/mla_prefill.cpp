@@ -10,6 +10,7 @@
 // keys and values and 0.5 KB a query. Chunks of keys that no query of a tile sees are left out, those that none of
 // the item sees are not expanded. What a row's answer is made of is fixed by its keys and its mask alone.
 #include "dsopt/blocks.h"
+#include "dsopt/dtypes.h"
 #include "dsopt/kernels.h"
 #include "dsopt/parallel.h"
 
@@ -191,7 +192,7 @@ struct Prefill {
 }  // namespace
 
 void mla_prefill(const MlaAttention& args) {
-  args.dtype == Dtype::float32 ? Prefill<float>(args).run() : Prefill<Bf16>(args).run();
+  by_dtype(args.dtype, [&](auto element) { Prefill<decltype(element)>(args).run(); });
 }
 
 }  // namespace dsopt::DSOPT_VARIANT

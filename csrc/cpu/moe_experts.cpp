@@ -7,6 +7,7 @@
 #include <math.h>
 
 #include "dsopt/dots.h"
+#include "dsopt/dtypes.h"
 #include "dsopt/kernels.h"
 #include "dsopt/math.h"
 #include "dsopt/parallel.h"
@@ -236,7 +237,7 @@ struct Experts {
 }  // namespace
 
 void moe_experts(const MoeExperts& args) {
-  args.dtype == Dtype::float32 ? Experts<float>(args).run() : Experts<Bf16>(args).run();
+  by_dtype(args.dtype, [&](auto element) { Experts<decltype(element)>(args).run(); });
 }
 
 }  // namespace dsopt::DSOPT_VARIANT

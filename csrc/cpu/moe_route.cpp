@@ -1,6 +1,7 @@
 // The experts of each token: scores, groups, the topk best, their weights.
 #include <math.h>
 
+#include "dsopt/dtypes.h"
 #include "dsopt/kernels.h"
 #include "dsopt/math.h"
 #include "dsopt/parallel.h"
@@ -125,7 +126,7 @@ struct Router {
 }  // namespace
 
 void moe_route(const MoeRoute& args) {
-  args.dtype == Dtype::float32 ? Router<float>(args).run() : Router<Bf16>(args).run();
+  by_dtype(args.dtype, [&](auto element) { Router<decltype(element)>(args).run(); });
 }
 
 }  // namespace dsopt::DSOPT_VARIANT

@@ -1,5 +1,6 @@
 // Linear layers that share their input: one sweep over the rows of all weights.
 #include "dsopt/dots.h"
+#include "dsopt/dtypes.h"
 #include "dsopt/kernels.h"
 #include "dsopt/parallel.h"
 
@@ -71,8 +72,10 @@ struct Linears {
 }  // namespace
 
 void multi_linear(const MultiLinear& args) {
-  if (args.dtype == Dtype::float32) return Linears<float, float>(args).run();
-  args.out_dtype == Dtype::float32 ? Linears<Bf16, float>(args).run() : Linears<Bf16, Bf16>(args).run();
+  by_dtype(args.dtype, [&](auto element) {
+    using T = decltype(element);
+    args.out_dtype == args.dtype ? Linears<T, T>(args).run() : Linears<T, float>(args).run();
+  });
 }
 
 }  // namespace dsopt::DSOPT_VARIANT

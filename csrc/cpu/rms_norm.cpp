@@ -1,4 +1,5 @@
 // RMS norm of rows, alone or behind a residual add.
+#include "dsopt/dtypes.h"
 #include "dsopt/kernels.h"
 #include "dsopt/parallel.h"
 #include "dsopt/simd.h"
@@ -67,6 +68,8 @@ void run(const RmsNorm& a) {
 
 }  // namespace
 
-void rms_norm(const RmsNorm& args) { args.dtype == Dtype::float32 ? run<float>(args) : run<Bf16>(args); }
+void rms_norm(const RmsNorm& args) {
+  by_dtype(args.dtype, [&](auto element) { run<decltype(element)>(args); });
+}
 
 }  // namespace dsopt::DSOPT_VARIANT

@@ -1,4 +1,5 @@
 // Rotary embedding: pairs of each row turned by the angles of its position.
+#include "dsopt/dtypes.h"
 #include "dsopt/kernels.h"
 #include "dsopt/parallel.h"
 #include "dsopt/simd.h"
@@ -42,12 +43,9 @@ void run(const Rope& r) {
 }  // namespace
 
 void rope(const Rope& args) {
-  const bool wide = args.table_dtype == Dtype::float32;
-  if (args.dtype == Dtype::float32) {
-    wide ? run<float, float>(args) : run<float, Bf16>(args);
-  } else {
-    wide ? run<Bf16, float>(args) : run<Bf16, Bf16>(args);
-  }
+  by_dtype(args.dtype, [&](auto element) {
+    by_dtype(args.table_dtype, [&](auto entry) { run<decltype(element), decltype(entry)>(args); });
+  });
 }
 
 }  // namespace dsopt::DSOPT_VARIANT

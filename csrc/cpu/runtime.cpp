@@ -12,6 +12,10 @@
 
 #include "dsopt/runtime.h"
 
+#if DSOPT_X86
+#include <cpuid.h>
+#endif
+
 namespace dsopt {
 namespace {
 
@@ -22,10 +26,18 @@ std::atomic<int> active{kUnset};
 constexpr const char* kNames[] = {DSOPT_FOR_EACH_ISA(DSOPT_NAME)};
 #undef DSOPT_NAME
 
+#if DSOPT_X86
+// not every compiler's __builtin_cpu_supports knows it by name
+bool has_f16c() {
+  unsigned a, b, c = 0, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 // asks for what the operating system saves too, not only for what the processor has
 bool has(Isa isa) {
 #if DSOPT_X86
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   switch (isa) {

@@ -1,4 +1,4 @@
-"""Attention of heads that share keys on the CPU, in float32 whatever the dtype (float32 or bfloat16).
+"""Attention of heads that share keys on the CPU, in float32 whatever the dtype (float32, bfloat16 or float16).
 
     out = softmax(scale * q @ k^T + mask) @ v
 
@@ -15,7 +15,7 @@ import torch
 
 from dsopt.capture import known
 from dsopt.kernels.cpu.masks import check_mask, native_mask
-from dsopt.kernels.cpu.native import CPU, DTYPES, _cpu, dense_rows, plan, require
+from dsopt.kernels.cpu.native import CPU, DTYPES, NATIVE, _cpu, dense_rows, plan, require
 from dsopt.op import Kernel
 
 # heads that share keys, times new tokens, up to which keys are read where they lie; with so many, packing them was
@@ -36,7 +36,7 @@ def _shapes(q, k, v) -> dict[str, tuple]:
 def _require(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None) -> None:
     """ValueError, naming the argument, for operands whose shapes or dtypes do not belong together."""
     if q.dtype not in DTYPES:
-        raise ValueError(f"q must be float32 or bfloat16, got {q.dtype}")
+        raise ValueError(f"q must be float32, bfloat16 or float16, got {q.dtype}")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name} must have 4 dimensions, got {list(x.shape)}")
@@ -72,7 +72,7 @@ def _run(kernel: Callable, q, k, v, mask, scale, is_causal, sinks) -> torch.Tens
         out.data_ptr(),
         scale,
         is_causal,
-        q.dtype == torch.bfloat16,
+        NATIVE[q.dtype],
     )
     return out
 

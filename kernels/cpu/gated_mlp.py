@@ -13,7 +13,7 @@ from dsopt.kernels.cpu.moe_experts import (
     matrix,
 )
 from dsopt.kernels.cpu.multi_linear import many_tokens
-from dsopt.kernels.cpu.native import CPU, DTYPES, _cpu, plan, rows
+from dsopt.kernels.cpu.native import CPU, DTYPES, NATIVE, _cpu, plan, rows
 from dsopt.kernels.torch.gated_mlp import gated_mlp as aten_gated_mlp
 from dsopt.op import Kernel
 from dsopt.ops.linear import ACTIVATIONS as MLP_ACTIVATIONS
@@ -55,7 +55,7 @@ def gated_mlp(
         NO_MLPS,
         mlp,
         out.data_ptr(),
-        x.dtype == torch.bfloat16,
+        NATIVE[x.dtype],
     )
     return out
 

@@ -8,7 +8,7 @@ Absorbed, a query of each head meets the latent cache as it is:
 in fixed splits of 512 keys. Expanded, keys and values of one head are made from 256 cached tokens at a time and meet
 all queries before the next are made, so that neither a matrix of scores nor the expanded cache ever exists.
 
-Both compute in float32 whatever the dtype (float32 or bfloat16). Chunks of 64 keys that a mask hides from all
+Both compute in float32 whatever the dtype (float32, bfloat16 or float16). Chunks of 64 keys that a mask hides from all
 queries are not read, so time follows the visible part of a static cache.
 """
 
@@ -18,7 +18,7 @@ import torch
 
 from dsopt.capture import known
 from dsopt.kernels.cpu.masks import check_mask, native_mask
-from dsopt.kernels.cpu.native import CPU, DTYPES, _cpu, dense_rows, plan, require
+from dsopt.kernels.cpu.native import CPU, DTYPES, NATIVE, _cpu, dense_rows, plan, require
 from dsopt.op import Kernel
 
 # Few new tokens leave the expanded form's tiles empty. With more, a multiply-add of the absorbed form takes this much
@@ -49,7 +49,7 @@ def _require(operands: tuple[torch.Tensor, ...]) -> None:
     """ValueError, naming the argument, for operands whose shapes or dtypes do not belong together."""
     dtype = operands[0].dtype
     if dtype not in DTYPES:
-        raise ValueError(f"q_nope must be float32 or bfloat16, got {dtype}")
+        raise ValueError(f"q_nope must be float32, bfloat16 or float16, got {dtype}")
     for (name, ndim), x in zip(_NDIMS.items(), operands, strict=True):
         if x.ndim != ndim:
             raise ValueError(f"{name} must have {ndim} dimensions, got {list(x.shape)}")
@@ -81,7 +81,7 @@ def _run(native, q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_cau
         out.data_ptr(),
         scale,
         is_causal,
-        q_nope.dtype == torch.bfloat16,
+        NATIVE[q_nope.dtype],
     )
     return out
 

@@ -1,8 +1,8 @@
 """Native experts: the weights of each chosen expert are read once, where they lie, however many tokens chose it.
 
-Sums are in float32, beside float32 or bfloat16 weights, and in an order that a token's own choices fix: its answer
-does not depend on the batch around it or on the number of threads. What w2 is given is float32, too, but bfloat16 where
-the processor has products of those.
+Sums are in float32, beside float32, bfloat16 or float16 weights, and in an order that a token's own choices fix: its
+answer does not depend on the batch around it or on the number of threads. What w2 is given is float32, too, but where
+the processor has products of bfloat16 it is that beside weights of it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from dsopt.capture import known
-from dsopt.kernels.cpu.native import CPU, DTYPES, _cpu, dense_rows, plan, rows
+from dsopt.kernels.cpu.native import CPU, DTYPES, NATIVE, _cpu, dense_rows, plan, rows
 from dsopt.op import Kernel
 
 Stack = tuple[int, int, int]
@@ -85,7 +85,7 @@ def moe_experts(
         routed,
         shared,
         out.data_ptr(),
-        x.dtype == torch.bfloat16,
+        NATIVE[x.dtype],
     )
     return out
 

@@ -1,11 +1,11 @@
-"""Native routing: one pass per token over its scores, the row in the first-level cache; float32 or bfloat16 logits."""
+"""Native routing: one pass per token over its scores, the row in the first-level cache, logits of any of NATIVE."""
 
 from __future__ import annotations
 
 import torch
 
 from dsopt.capture import known
-from dsopt.kernels.cpu.native import CPU, DTYPES, _cpu, plan, rows
+from dsopt.kernels.cpu.native import CPU, DTYPES, NATIVE, _cpu, plan, rows
 from dsopt.op import Kernel
 from dsopt.ops.route import GROUP_SCORES
 
@@ -46,7 +46,7 @@ def moe_route(
         SCORING[scoring],
         group_score == "top2",
         renormalize,
-        logits.dtype == torch.bfloat16,
+        NATIVE[logits.dtype],
     )
     return weights, ids
 

@@ -11,15 +11,15 @@ from collections.abc import Sequence
 import torch
 
 from dsopt.capture import known
-from dsopt.kernels.cpu.native import CPU, DTYPES, _cpu, dense_rows, plan, rows
-from dsopt.kernels.torch.gemm import bfloat16_is_slow
+from dsopt.kernels.cpu.native import CPU, DTYPES, NATIVE, _cpu, dense_rows, plan, rows
+from dsopt.kernels.torch.gemm import is_slow
 from dsopt.kernels.torch.multi_linear import multi_linear as aten
 from dsopt.op import Kernel
 
 # Tokens from which ATen's GEMM is the faster, as measured by benchmarks/bench_linear.py on an AVX-512 chip without
 # bfloat16 products, where ATen must widen the weights. More than 64, so that the answers to a few new tokens do not
 # depend on the batch they come in.
-MANY_TOKENS = {torch.float32: 72, torch.bfloat16: 192 if bfloat16_is_slow() else 72}
+MANY_TOKENS = {dtype: 192 if is_slow(dtype) else 72 for dtype in DTYPES}
 
 
 def many_tokens(x: torch.Tensor) -> bool:
@@ -36,7 +36,7 @@ def native(
     """As multi_linear, always by the native kernel. Rows of weights must be dense, and x must have columns."""
     *tokens, in_features = x.shape
     dtype = x.dtype if dtype is None else dtype
-    num_tokens, is_bfloat16 = x.numel() // in_features, x.dtype == torch.bfloat16
+    num_tokens = x.numel() // in_features
     x, stride = rows(x)
     outs, table = [], []
     for w, bias in zip(weights, biases, strict=True):
@@ -51,8 +51,8 @@ def native(
         num_tokens,
         in_features,
         table,
-        is_bfloat16,
-        dtype == torch.bfloat16,
+        NATIVE[x.dtype],
+        NATIVE[dtype],
     )
     return outs
 

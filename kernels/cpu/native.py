@@ -14,11 +14,16 @@ except ImportError as error:
         f"({error})"
     ) from error
 
-__all__ = ["CPU", "DTYPES", "_cpu", "dense_rows", "empty_like", "plan", "require", "rows", "spread"]
+__all__ = ["CPU", "DTYPES", "NATIVE", "_cpu", "dense_rows", "empty_like", "plan", "require", "rows", "spread"]
 
 # results lie there whatever the default device is
 CPU = torch.device("cpu")
-DTYPES = frozenset({torch.float32, torch.bfloat16})
+NATIVE = {
+    torch.float32: _cpu.Dtype.float32,
+    torch.bfloat16: _cpu.Dtype.bfloat16,
+    torch.float16: _cpu.Dtype.float16,
+}
+DTYPES = frozenset(NATIVE)
 
 
 def plan(fn: Callable) -> Callable[..., Callable]:

@@ -1,6 +1,6 @@
 """Native RMS norm, alone and behind a residual add: one read of the row from memory, float32 inside.
 
-x, residual (..., hidden) and weight (hidden,) of one dtype, float32 or bfloat16; any strides (rows whose
+x, residual (..., hidden) and weight (hidden,) of one dtype, float32, bfloat16 or float16; any strides (rows whose
 elements are not next to each other are copied first).
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from dsopt.capture import known
-from dsopt.kernels.cpu.native import DTYPES, _cpu, empty_like, plan, require, rows
+from dsopt.kernels.cpu.native import DTYPES, NATIVE, _cpu, empty_like, plan, require, rows
 from dsopt.op import Kernel
 
 
@@ -34,7 +34,9 @@ def run_norm(
     Raises ValueError for operands that are not of one dtype, or of the shapes the module asks for.
     """
     if x.dtype not in DTYPES or not x.is_cpu or x.ndim == 0:
-        raise ValueError(f"x must be rows of float32 or bfloat16 on the CPU, got {x.dtype} on {x.device}")
+        raise ValueError(
+            f"x must be rows of float32, bfloat16 or float16 on the CPU, got {x.dtype} on {x.device}"
+        )
     if residual is not None:
         require("residual", residual, x.shape, x.dtype)
     if weight is not None:
@@ -58,7 +60,7 @@ def run_norm(
         x_stride,
         residual_stride,
         eps,
-        x.dtype == torch.bfloat16,
+        NATIVE[x.dtype],
     )
     return out, total
 

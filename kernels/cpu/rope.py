@@ -1,10 +1,10 @@
-"""Native rotary embedding: one pass over x in any layout, float32 inside; x float32 or bfloat16, and so the tables."""
+"""Native rotary embedding: one pass over x in any layout, float32 inside; x and the tables of any of NATIVE."""
 
 from __future__ import annotations
 
 import torch
 
-from dsopt.kernels.cpu.native import DTYPES, _cpu, dense_rows, empty_like, plan, spread
+from dsopt.kernels.cpu.native import DTYPES, NATIVE, _cpu, dense_rows, empty_like, plan, spread
 from dsopt.op import Kernel
 
 
@@ -32,8 +32,8 @@ def rope(
         interleaved_in,
         interleaved_out,
         of_tables[-1] == shape[-1],
-        x.dtype == torch.bfloat16,
-        cos.dtype == torch.bfloat16,
+        NATIVE[x.dtype],
+        NATIVE[cos.dtype],
     )
     return out
 
@@ -42,7 +42,7 @@ def _check(x, cos, sin, interleaved_in, interleaved_out) -> str | None:
     if not 1 <= x.ndim <= 4 or x.shape[-1] % 2:
         return f"needs one to four dimensions, the last of them even, got {list(x.shape)}"
     if cos.dtype not in DTYPES or sin.dtype != cos.dtype:
-        return f"needs tables of one dtype, float32 or bfloat16, got {cos.dtype} and {sin.dtype}"
+        return f"needs tables of one dtype, float32, bfloat16 or float16, got {cos.dtype} and {sin.dtype}"
     if cos.device.type != "cpu" or sin.device.type != "cpu":
         return f"needs tables on the CPU, got {cos.device} and {sin.device}"
     if cos.shape[-1] != sin.shape[-1] or cos.shape[-1] not in (x.shape[-1], x.shape[-1] // 2):

@@ -22,7 +22,7 @@ from dsopt.capture import known
 from dsopt.kernels.numba.dots import ROWS, U2, U3, rows_dot
 from dsopt.kernels.numba.multi_linear import check_weight
 from dsopt.kernels.numba.runtime import DTYPES, flat, inner, kernel, nothing, run, store, unit_stride, widen
-from dsopt.kernels.torch.gemm import bfloat16_is_slow
+from dsopt.kernels.torch.gemm import is_slow
 from dsopt.kernels.torch.mla_attention import mla_attention as aten
 from dsopt.kernels.torch.mla_attention import visible_length
 from dsopt.op import Kernel
@@ -329,7 +329,7 @@ def _through_aten(q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_ca
     if mask is not None and mask.shape[-1] != 1:
         mask = mask[..., :length]
     args = (q_nope, q_rope, latent[:, :length], k_rope[:, :length], w_uk, w_uv)
-    if dtype == torch.bfloat16 and bfloat16_is_slow():
+    if is_slow(dtype):
         args = tuple(x.float() for x in args)
     return aten(*args, mask, scale, is_causal).to(dtype)
 

@@ -1,7 +1,7 @@
-"""x @ w.T through ATen, in float32 where this processor multiplies bfloat16 slowly.
+"""x @ w.T through ATen, in float32 where this processor multiplies 16-bit floats slowly.
 
-Without instructions for bfloat16 products oneDNN reaches an eighth of its float32 rate on x86, so for many tokens it
-is cheaper to widen each weight, a block of rows at a time, than to multiply in bfloat16. For few tokens reading
+Without instructions for their products ATen reaches an eighth of its float32 rate in bfloat16 on x86, and a fortieth
+in float16, so for many tokens it is cheaper to widen each weight, a block of rows at a time. For few tokens reading
 the weight dominates and ATen's own GEMV stays.
 """
 
@@ -18,17 +18,24 @@ MANY_TOKENS = 32
 BLOCK_BYTES = 16 << 20
 
 
+PRODUCTS = {
+    torch.bfloat16: ("avx512_bf16", "amx_bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16"),
+}
+
+
 @functools.cache
-def bfloat16_is_slow() -> bool:
-    """Whether this processor is an x86 without instructions for bfloat16 products."""
+def is_slow(dtype: torch.dtype) -> bool:
+    """Whether dtype is bfloat16 or float16 and this processor an x86 without instructions for products of it."""
     has = torch.cpu.get_capabilities()
-    return has.get("architecture") == "x86_64" and not (has.get("avx512_bf16") or has.get("amx_bf16"))
+    x86 = has.get("architecture") == "x86_64"
+    return x86 and dtype in PRODUCTS and not any(has.get(name) for name in PRODUCTS[dtype])
 
 
 def linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x @ w.T + bias, x (..., in_features) and w (out_features, in_features) of one dtype, on any device."""
     tokens = x.shape[:-1].numel()
-    if x.dtype != torch.bfloat16 or not x.is_cpu or tokens < MANY_TOKENS or not bfloat16_is_slow():
+    if not x.is_cpu or tokens < MANY_TOKENS or not is_slow(x.dtype):
         return aten_linear(x, w, bias)
     wide = x.float()
     out = torch.empty(*x.shape[:-1], w.shape[0], dtype=x.dtype, device=x.device)

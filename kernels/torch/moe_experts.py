@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from dsopt.kernels.torch.gated_mlp import gated_mlp
-from dsopt.kernels.torch.gemm import MANY_TOKENS, bfloat16_is_slow, linear
+from dsopt.kernels.torch.gemm import MANY_TOKENS, is_slow, linear
 from dsopt.op import Kernel
 from dsopt.ops.experts import activate
 
@@ -135,7 +135,7 @@ def _plan(x, ids, weights, w13, w2, w3=None, *rest) -> Callable:
         return by_expert
 
     def moe_experts(x, ids, weights, w13, *rest):
-        many = bfloat16_is_slow() and ids.numel() >= MANY_TOKENS * w13.shape[0]
+        many = is_slow(x.dtype) and ids.numel() >= MANY_TOKENS * w13.shape[0]
         return (by_expert if many else grouped)(x, ids, weights, w13, *rest)
 
     return moe_experts

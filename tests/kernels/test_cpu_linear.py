@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dsopt import _cpu
+from dsopt.kernels.cpu import add_rms_norm as add_norm_kernel
 from dsopt.kernels.cpu import gated_mlp as mlp_kernel
 from dsopt.kernels.cpu import moe_experts as experts_kernel
 from dsopt.kernels.cpu import moe_route as route_kernel
@@ -14,7 +15,7 @@ from dsopt.ops.linear import multi_linear
 from dsopt.testing import poisoned, rand, relative_l2, truth
 
 CPU = torch.device("cpu")
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -55,6 +56,22 @@ def test_linear_sizes(dtype, isa):
             for mine, want in zip(got, truth(multi_linear, args), strict=True):
                 assert mine.shape == want.shape and mine.is_contiguous()
                 assert relative_l2(mine, want) <= multi_linear.tolerance[dtype], (tokens, widths, depth)
+
+
+def test_every_float16_is_read_and_rounded_exactly(isa):
+    """Subnormals, infinities, NaN; products that are halfway between two numbers, too small and too large for one."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    x = torch.tensor(
+        [1.0, -1.0, 0.75, 3.0, 1000.0, 2.0**-10, 1.5 * 2.0**-10, 1.001 * 2.0**-14, 2.0**-24]
+    ).half()
+    want = x.float()[:, None] * every.float()
+    for dtype in (torch.float32, torch.float16):
+        with poisoned():
+            (got,) = linear_kernel.native(x[:, None], [every[:, None]], [None], dtype)
+        assert torch.equal(got.nan_to_num(7, 8, 9), want.to(dtype).nan_to_num(7, 8, 9))
+    x, residual = every.view(16, -1), (every.flip(0) * 0.37).view(16, -1)
+    got = add_norm_kernel.KERNELS[0].plan(x, residual, None, 1e-6)(x, residual, None, 1e-6)[1]
+    assert torch.equal(got.nan_to_num(7, 8, 9), (x.float() + residual.float()).half().nan_to_num(7, 8, 9))
 
 
 @each_dtype

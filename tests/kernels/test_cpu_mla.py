@@ -10,7 +10,7 @@ from dsopt.testing import poisoned, rand, truth
 
 CPU = torch.device("cpu")
 KERNEL = kernel.KERNELS[0]
-each_dtype = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+each_dtype = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 each_form = pytest.mark.parametrize("form", (kernel.absorbed, kernel.expanded), ids=lambda f: f.__name__)
 WIDE = {"nope": 128, "rope": 64, "rank": 512, "value": 128}
 

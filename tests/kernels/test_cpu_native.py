@@ -18,7 +18,7 @@ from dsopt.ops.norm import add_rms_norm, rms_norm
 from dsopt.testing import rand, truth
 
 CPU = torch.device("cpu")
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RUN = {op: kernel for op in OPS.values() for kernel in kernels(op.name)[0] if kernel.backend == "cpu"}
 
 
@@ -88,7 +88,7 @@ def test_norms_of_rows_in_any_batch(dtype, isa):
 
 def test_refusals():
     weight = torch.ones(4)
-    assert "needs dtype" in rms_norm_kernel.KERNELS[0].refuses((weight.half(), weight.half(), 1e-6))
+    assert "needs dtype" in rms_norm_kernel.KERNELS[0].refuses((weight.double(), weight.double(), 1e-6))
     assert "x's dtype" in rms_norm_kernel.KERNELS[0].refuses((weight.bfloat16(), weight, 1e-6))
     assert select(rms_norm, (weight, weight, 1e-6)).kernel is rms_norm_kernel.KERNELS[0]
     assert ("cpu.rms_norm", "accepts") in explain(rms_norm, weight, weight, 1e-6)

@@ -19,14 +19,11 @@ constexpr int kTileTokens = kLanes == 16 ? 6 : 2;
 
 // How a token is packed for weights of dtype T, and one step of the dot product.
 template <class T>
-struct Packing;
-
-template <>
-struct Packing<float> {
+struct Packing {
   using Element = float;
   static constexpr int kParts = 2;
   static DSOPT_INLINE int64_t place(int64_t i) { return i; }
-  static DSOPT_INLINE Vec weights(const float* w, int part) { return load(w + part * kLanes); }
+  static DSOPT_INLINE Vec weights(const T* w, int part) { return load(w + part * kLanes); }
   static DSOPT_INLINE Vec step(Vec w, const float* x, Vec acc) { return madd(w, load(x), acc); }
 };
 

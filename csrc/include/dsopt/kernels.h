@@ -7,7 +7,7 @@
 
 namespace dsopt {
 
-enum class Dtype { float32, bfloat16 };
+enum class Dtype { float32, bfloat16, float16 };
 
 // out[i] = total[i] * rsqrt(mean(total[i]^2) + eps) * weight;  total = x + residual, or x without residual
 struct RmsNorm {

@@ -40,6 +40,10 @@ struct Bf16 {
   uint16_t bits;
 };
 
+struct Fp16 {
+  uint16_t bits;
+};
+
 constexpr float kInfinity = __builtin_inff();
 
 // not Vec{} + x, which would be computed: it turns -0 into 0
@@ -103,6 +107,24 @@ DSOPT_INLINE Vec load(const Bf16* p) {
   return (Vec)(wide << 16);
 }
 
+DSOPT_INLINE Vec load(const Fp16* p) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  VecH h;
+  __builtin_memcpy(&h, p, sizeof h);
+  const VecU bits = __builtin_convertvector(h, VecU);
+  const VecU low = (bits & 0x7fff) << 13;
+  const VecU normal = low + (112u << 23), special = low | (0xffu << 23);
+  // 2^-14 + the fraction, less 2^-14: no subnormal is computed with, which a mode of the processor could drop
+  const VecU subnormal = (VecU)((Vec)(low + (113u << 23)) - 0x1p-14f);
+  const VecU magnitude = low < (1u << 23) ? subnormal : low >= (31u << 23) ? special : normal;
+  return (Vec)(magnitude | (bits & 0x8000) << 16);
+#endif
+}
+
 DSOPT_INLINE void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
 
 // round to nearest even; a NaN becomes the quiet NaN 0x7fff
@@ -111,6 +133,25 @@ DSOPT_INLINE void store(Bf16* p, Vec v) {
   const VecU rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const VecU nan = VecU{} + 0x7fff;
   const VecH h = __builtin_convertvector(v == v ? rounded : nan, VecH);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+
+// round to nearest even, to infinity beyond 65504; a NaN becomes a quiet one
+DSOPT_INLINE void store(Fp16* p, Vec v) {
+#if defined(__AVX512F__)
+  const __m256i h = _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  const __m128i h = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const VecU bits = (VecU)v, magnitude = bits & 0x7fffffff;
+  const VecU normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  // beside 0.5 the last bit of a float32 is worth 2^-24, as the last bit of a subnormal float16
+  const VecU subnormal = (VecU)((Vec)magnitude + 0.5f) - (126u << 23);
+  const VecU infinity = VecU{} + 0x7c00, nan = VecU{} + 0x7e00;
+  const VecU special = magnitude > (0xffu << 23) ? nan : infinity;
+  const VecU half = magnitude < (113u << 23) ? subnormal : magnitude >= (143u << 23) ? special : normal;
+  const VecH h = __builtin_convertvector(half | (bits >> 16 & 0x8000), VecH);
+#endif
   __builtin_memcpy(p, &h, sizeof h);
 }
 
@@ -129,6 +170,25 @@ DSOPT_INLINE float to_float(Bf16 x) {
   float f;
   __builtin_memcpy(&f, &bits, sizeof f);
   return f;
+}
+
+DSOPT_INLINE float to_float(Fp16 x) {
+#if defined(__AVX2__)
+  return _cvtsh_ss(x.bits);
+#else
+  const Fp16 lanes[kLanes] = {x};
+  return load(lanes)[0];
+#endif
+}
+
+DSOPT_INLINE void store(Fp16* p, float x) {
+#if defined(__AVX2__)
+  p->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  Fp16 lanes[kLanes];
+  store(lanes, splat(x));
+  *p = lanes[0];
+#endif
 }
 
 // the first n < kLanes elements at p, zeros behind them
