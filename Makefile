@@ -4,6 +4,8 @@
 #   make test       the quick tests           make test-all   every test
 #   make lint       ruff check and format     make clean      remove .venv and everything built
 #   make aot        compiles the Triton kernels for GPUs that need not be here; fails where registers spill
+#   make sanitize   tests the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+#   make valgrind   runs them on small samples under valgrind's memcheck
 #
 # PYTHON=... names the interpreter to build .venv from; ARGS=... goes to the demo, to pytest or to aot.
 #
@@ -16,7 +18,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint aot gpu gpu-bench clean
+.PHONY: help setup demo test test-all lint aot sanitize valgrind gpu gpu-bench clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -27,6 +29,9 @@ TRITON := triton==3.6.0
 ARGS ?=
 # two workers of one thread each: most of a test is tracing, which knows one thread
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal
+NATIVE_TESTS := $(wildcard tests/kernels/test_cpu_*.py)
+# a build of its own, package and all, which the tests find before the one in .venv
+SANITIZED := $(CURDIR)/build/sanitize
 SOURCES := pyproject.toml setup.py $(sort $(shell find csrc -type f 2>/dev/null))
 
 help:
@@ -49,6 +54,33 @@ lint: $(STAMP)
 
 aot: $(STAMP)
 	@$(BIN)/python -m dsopt.aot $(ARGS)
+
+sanitize: $(STAMP)
+	@runtime() { "$${CXX:-c++}" -print-file-name=lib$$1.so; }
+	if [ ! -e "$$(runtime asan)" ]; then
+	  echo "$${CXX:-c++} has no libasan.so; make sanitize needs GCC with its sanitizers (Debian, Ubuntu: apt install g++)" >&2
+	  exit 1
+	fi
+	DSOPT_CXXFLAGS="-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all" \
+	  $(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	# libstdc++ beside it, or exceptions of libraries that are loaded later are not found
+	export LD_PRELOAD="$$(runtime asan) $$(runtime stdc++)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/lib
+	$(PYTEST) $(NATIVE_TESTS) $(ARGS)
+
+# valgrind knows no AVX-512; what it says about Python, PyTorch and what they load is not for us
+valgrind: $(STAMP)
+	@if ! command -v valgrind >/dev/null 2>&1; then
+	  echo "valgrind is not installed (Debian, Ubuntu: apt install valgrind)" >&2
+	  exit 1
+	fi
+	mkdir -p build
+	OMP_NUM_THREADS=1 PYTHONMALLOC=malloc valgrind -q --log-file=build/valgrind.log \
+	  $(BIN)/python tests/support/native_samples.py avx2
+	if grep -q 'dsopt::' build/valgrind.log; then
+	  echo "reports with the native kernels in them, in build/valgrind.log:" >&2
+	  grep 'dsopt::' build/valgrind.log >&2
+	  exit 1
+	fi
 
 gpu:
 	@$(or $(PYTHON),python3) tests/gpu/run.py tests

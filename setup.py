@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,8 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     VARIANTS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": (*AVX512, "-mavx512bf16")}
 
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-g0", "-Wall")
+# of `make sanitize`: for compiling and linking, behind all others
+EXTRA = shlex.split(os.environ.get("DSOPT_CXXFLAGS", ""))
 # torch has loaded its own OpenMP before; only the library name must be the same, which it is on Linux
 OPENMP = ("-fopenmp",) if sys.platform == "linux" else ()
 
@@ -44,7 +47,7 @@ class BuildVariants(build_ext):
                 output_dir=os.path.join(self.build_temp, variant or "once"),
                 macros=[("DSOPT_VARIANT", variant)] if variant else [],
                 include_dirs=ext.include_dirs,
-                extra_postargs=[*FLAGS, *OPENMP, *(VARIANTS[variant] if variant else ["-O1"])],
+                extra_postargs=[*FLAGS, *OPENMP, *(VARIANTS[variant] if variant else ["-O1"]), *EXTRA],
                 depends=ext.depends,
             )
 
@@ -55,7 +58,7 @@ class BuildVariants(build_ext):
             objects = [o for built in pool.map(compile_one, jobs) for o in built]
         path = self.get_ext_fullpath(ext.name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        self.compiler.link_shared_object(objects, path, extra_postargs=[*OPENMP], target_lang="c++")
+        self.compiler.link_shared_object(objects, path, extra_postargs=[*OPENMP, *EXTRA], target_lang="c++")
 
 
 def extensions():

@@ -89,6 +89,17 @@ def test_the_model_script_measures_rates_starts_and_overhead(
         assert text in printed
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+@pytest.mark.usefixtures("threads")
+def test_the_script_about_threads(start, capsys):
+    pytest.importorskip("dsopt._cpu")
+    assert start("bench_threads", "--calls", "20", "--threads", "2") == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("2 threads, 20 calls of each") and "of the sum" in printed
+    before, after = re.search(r"(\d+) before, (\d+) after", printed).groups()
+    assert before == after
+
+
 @pytest.mark.slow
 def test_starts_are_those_of_fresh_processes():
     pytest.importorskip("transformers")
