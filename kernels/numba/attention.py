@@ -31,7 +31,7 @@ from dsopt.kernels.numba.mla_attention import (
 from dsopt.kernels.numba.runtime import DTYPES, flat, inner, kernel, run, unit_stride
 from dsopt.kernels.torch.attention import attention as aten
 from dsopt.kernels.torch.attention import visible_length
-from dsopt.kernels.torch.gemm import bfloat16_is_slow
+from dsopt.kernels.torch.gemm import is_slow
 from dsopt.op import Kernel
 
 # heads that share keys, times new tokens, up to which this kernel takes the call
@@ -160,7 +160,7 @@ def _through_aten(q, k, v, mask, scale, is_causal, sinks) -> torch.Tensor:
     if mask is not None and mask.shape[-1] != 1:
         mask = mask[..., :length]
     args = (q, k[:, :, :length], v[:, :, :length])
-    if q.dtype == torch.bfloat16 and bfloat16_is_slow():
+    if is_slow(q.dtype):
         args = tuple(x.float() for x in args)
     return aten(*args, mask, scale, is_causal, sinks).to(q.dtype)
 
