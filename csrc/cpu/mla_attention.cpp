@@ -185,6 +185,12 @@ struct Attention {
     for (int64_t t = part.first; t < min(part.last, a.cached - start); ++t) {
       for (int64_t i = part.from; i < part.to; i += kWide) {
         float* slice = block + wide_at(kChunk, t, i);
+        if (i + kWide <= min(part.to, a.rank)) {
+          const T* x = latent(b, start + t) + i;
+          DSOPT_UNROLL
+          for (int64_t j = 0; j < kWide; j += kLanes) store(slice + j, load(x + j));
+          continue;
+        }
         const int64_t end = min(i + kWide, part.to), of_latent = max(int64_t{0}, min(end, a.rank) - i);
         widen_row(latent(b, start + t), i, of_latent, slice);
         widen_row(k_rope(b, start + t), max(i, a.rank) - a.rank, end - i - of_latent, slice + of_latent);
