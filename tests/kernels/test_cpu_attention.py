@@ -10,7 +10,7 @@ from dsopt.ops.attention import attention
 from dsopt.testing import poisoned, rand, truth
 
 CPU = torch.device("cpu")
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMS = (kernel.few, kernel.many)
 each_form = pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 
