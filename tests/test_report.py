@@ -198,8 +198,8 @@ def test_sites_carry_the_path_of_their_module():
 
 
 def test_refusals_are_listed():
-    model = dsopt.compile(Model().half(), **OPTIONS)
-    model(X.half())
+    model = dsopt.compile(Model().double(), **OPTIONS)
+    model(X.double())
     (kernel,) = dsopt.report(model).to_dict()["graphs"][0]["kernels"]
     refused = {r["kernel"]: r["reason"] for r in kernel["refused"]}
     assert kernel["backend"] == "torch"
