@@ -105,8 +105,8 @@ class _Turns:
         if done.returncode:
             said = done.stderr.strip().splitlines() or ["failed without a message"]
             raise RuntimeError(f"{peer}: {said[-1]}")
-        text = done.stdout  # ik prints lines of its own around the list
-        (found,) = json.loads(text[text.index("[\n") : text.rindex("]") + 1])
+        text = done.stdout  # ik prints lines of its own between the list and the one figure in it
+        found = json.loads(text[text.index("{") : text.rindex("}") + 1])
         if abs(found["model_n_params"] - self.parameters) > 0.01 * self.parameters:
             raise ValueError(
                 f"gguf must have the {self.parameters} parameters of {self.plan.preset}, "

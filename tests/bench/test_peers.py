@@ -15,8 +15,8 @@ pytest.importorskip("transformers")
 
 FAKE = """#!{python}
 import json, sys
-print("a line of its own")
-print(json.dumps([{{"samples_ts": [2.0], "model_n_params": {parameters}, "args": sys.argv[1:]}}], indent=1))
+print("[\\n===== a line of its own")
+print(json.dumps({{"samples_ts": [2.0], "model_n_params": {parameters}, "args": sys.argv[1:]}}, indent=1), "\\n]")
 """
 
 
