@@ -288,14 +288,17 @@ def _first_right(probe: Probe, found: Proposal, ids: Node, leaves: list[Node]) -
                 for n, (spread, shift) in zip(leaves, regime, strict=False)
             ]
             values = dict(zip(leaves, given, strict=True))
-            trials.append((given, probe.run([found.end, ids], values)))
+            trials.append(
+                (given, probe.run([found.end, ids], values), max(1.0, *(abs(shift) for _, shift in regime)))
+            )
     except Unknowable as error:
         return str(error)
-    tolerance = max(1e-5, *(2 * torch.finfo(w.dtype).eps for _, (w, _) in trials))
+    # where weights are rounded, logits may be as well, by their size
+    eps = max(torch.finfo(w.dtype).eps for _, (w, _), _ in trials)
     for group_score in dict.fromkeys((found.group_score, "max", "top2")):
         for outside in (*found.fills, None, 0.0):
             one = changed(found, group_score=group_score, outside=outside)
-            if all(_agrees(one, given, got, tolerance) for given, got in trials):
+            if all(_agrees(one, given, got, max(1e-5, 2 * eps * large)) for given, got, large in trials):
                 return group_score, outside
     return "scores, groups and weights are put together in a way that moe_route is not"
 

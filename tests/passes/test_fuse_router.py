@@ -32,6 +32,12 @@ def softmax_of_chosen(logits, bias):
     return F.softmax(values, dim=-1, dtype=torch.float32), ids
 
 
+def softmax_in_the_dtype_of_the_chosen(logits, bias):
+    """gpt-oss: large logits lose what their dtype has no digits for."""
+    values, ids = torch.topk(logits, TOPK, dim=-1)
+    return F.softmax(values, dim=-1, dtype=values.dtype), ids
+
+
 def softmax_of_gathered(logits, bias):
     ids = logits.float().topk(TOPK).indices
     return torch.gather(logits.float(), 1, ids).softmax(1) / TOPK, ids
@@ -123,6 +129,7 @@ UNBIASED = [
     greedy_scaled,
     renormalized,
     softmax_of_chosen,
+    softmax_in_the_dtype_of_the_chosen,
     softmax_of_gathered,
     sigmoid_of_chosen,
     groups_by_max,
@@ -178,6 +185,19 @@ def test_bfloat16_logits(fn):
     got, want = result.run(logits, bias), fn(logits.clone(), bias)
     assert got[0].dtype == want[0].dtype
     assert moe_route_error(moe_route.bind((logits, TOPK)), got, want) < 1e-2
+
+
+def test_few_weights_of_large_rounded_logits():
+    """Two of eight, as in gpt-oss: rounding large logits moves each weight by more than it rounds the weight."""
+
+    def fn(logits, bias):
+        values, ids = torch.topk(logits, 2, dim=-1)
+        return F.softmax(values, dim=1, dtype=values.dtype), ids
+
+    logits = torch.randn(5, 8).bfloat16()
+    result = rewritten(fn, logits, torch.zeros(8), passes=PASSES)
+    assert result.log("fuse_router").families == {"router": 1}
+    assert error(result, fn, logits, torch.zeros(8), topk=2) < 1e-2
 
 
 def test_exported_graph():
