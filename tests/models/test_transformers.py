@@ -18,9 +18,6 @@ from dsopt.testing import relative_l2
 # what dsopt may add to 1.5 times eager's own error
 SLACK = {torch.float32: 1e-6, torch.bfloat16: 1e-3}
 
-# routers that round the chosen weights to bfloat16, which moe_route does not: in float32 every site is matched
-FLOAT32_ONLY = {"gpt_oss"}
-
 
 def make_cache(kind: str, config):
     if kind == "none":
@@ -134,7 +131,6 @@ def slow(*values):
             for dtype in (torch.float32, torch.bfloat16)
             for cache in ("static", "dynamic")
             for situation in SITUATIONS
-            if dtype == torch.float32 or family not in FLOAT32_ONLY
         ),
     ],
 )
@@ -145,7 +141,7 @@ def test_matches_eager(family, dtype, cache, situation):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_cache(family):
-    rounded = FAMILIES[family][1]["moe"] and family not in FLOAT32_ONLY
+    rounded = FAMILIES[family][1]["moe"]
     dtype = torch.bfloat16 if rounded else torch.float32
     _, report = check(family, dtype, "none", ["padded"])
     assert_all_matched(report, family)
@@ -174,7 +170,6 @@ def test_eager_attention_is_canonicalized(family):
             for family in FAMILIES
             if FAMILIES[family][1]["moe"]
             for dtype in (torch.float32, torch.bfloat16)
-            if dtype == torch.float32 or family not in FLOAT32_ONLY
             for experts in ("grouped_mm", "batched_mm", "eager")
         ),
     ],
