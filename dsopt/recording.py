@@ -62,9 +62,7 @@ class _Step:
     value: Any
     calls: Any = None  # the native calls that were all it did, a `_cpu.Program`
     is_view: bool = False  # each of its tensors lies in the memory of an argument
-    kept: list[torch.Tensor] = field(
-        default_factory=list
-    )  # memory its calls use besides arguments and results
+    kept: list[torch.Tensor] = field(default_factory=list)  # what its calls use besides arguments and results
 
 
 def record(
@@ -135,13 +133,16 @@ def _run(graph: GraphModule, args: Sequence[torch.Tensor], copied: Collection[in
             steps[node] = _Step(map_arg(node.args[0], lambda n: steps[n].value))
         else:
             given, kwargs = map_arg((node.args, node.kwargs), lambda n: steps[n].value)
+            memory = storages((given, kwargs))
             if node.meta.get("records"):
                 program = _cpu.Program()
                 with _Watch() as watch, program:
                     value = node.target(*given, **kwargs)
-                steps[node] = _Step(value, None if watch.computes else program, kept=watch.allocated)
-                continue
-            value, memory = node.target(*given, **kwargs), storages((given, kwargs))
+                if not watch.computes and not storages(value) & memory:
+                    steps[node] = _Step(value, program, kept=watch.allocated)
+                    continue
+            else:
+                value = node.target(*given, **kwargs)
             is_view = _is_view(value, (given, kwargs)) and not written(node)
             if not is_view:  # later runs write to it, whatever their mode
                 value = map_tensors(lambda x, memory=memory: x if storages(x) <= memory else _own(x), value)

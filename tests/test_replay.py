@@ -265,6 +265,25 @@ def test_outputs_may_be_inputs_or_views_of_them():
         assert same.data_ptr() == x.data_ptr()
 
 
+def test_a_run_recorded_in_inference_mode_serves_outside_of_it():
+    """Also where a kernel handed over to ATen: its result may not be one that only inference mode can write to."""
+    layer = Layer().requires_grad_(False)
+    fast, graphs = compiled(lambda x: layer.norm(layer.gate(x)))
+    x = torch.randn(300, WIDTH)
+    with torch.no_grad():
+        fast(x)
+        (replay,) = graphs.replays
+        by_shape = {(300, WIDTH): x, (WIDTH, WIDTH): layer.gate.weight, (WIDTH,): layer.norm.weight}
+        inputs_of = replay.graph.graph.find_nodes(op="placeholder")
+        args = [by_shape[tuple(n.meta["val"].shape)] for n in inputs_of]
+        want = replay.graph(*args)[0]
+    with torch.inference_mode():
+        torch.testing.assert_close(replay(*args)[0].clone(), want.clone())
+    assert replay._runs
+    with torch.no_grad():
+        torch.testing.assert_close(replay(*args)[0], want)
+
+
 @torch.no_grad()
 def test_many_tokens_go_through_aten():
     """Kernels that hand over to ATen are called as they are."""
