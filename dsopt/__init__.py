@@ -15,8 +15,20 @@ if not (Path(__file__).parent / "passes").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
 from dsopt.backend import Options
+from dsopt.fp8 import FP8Block, FP8Group, FP8Row
 from dsopt.prepare import compile, refresh
 from dsopt.report import report
 from dsopt.verify import VerifyError, verify
 
-__all__ = ["Options", "VerifyError", "__version__", "compile", "refresh", "report", "verify"]
+__all__ = [
+    "FP8Block",
+    "FP8Group",
+    "FP8Row",
+    "Options",
+    "VerifyError",
+    "__version__",
+    "compile",
+    "refresh",
+    "report",
+    "verify",
+]

@@ -14,6 +14,7 @@ import torch
 
 from dsopt import machine
 from dsopt.bench.data import Data
+from dsopt.fp8 import FP8Block, quantize
 from dsopt.models import presets
 from dsopt.op import Op
 from dsopt.ops import OPS
@@ -101,9 +102,13 @@ ATTENTION = ("mla_attention", "attention")
 DEFAULT_SIZES: dict[str, tuple[Sizes, ...]] = {
     "gated_mlp": SHORT_ROWS,
     "moe_experts": SHORT_ROWS,
+    "dequantize": (Sizes(0),),
     **dict.fromkeys(ATTENTION, (Sizes(1, 128), Sizes(1, 2048), Sizes(1, 8192), Sizes(PREFILL, PREFILL))),
 }
-QUICK_SIZES: dict[str, tuple[Sizes, ...]] = dict.fromkeys(ATTENTION, (Sizes(1, 16), Sizes(5, 5)))
+QUICK_SIZES: dict[str, tuple[Sizes, ...]] = {
+    "dequantize": (Sizes(0),),
+    **dict.fromkeys(ATTENTION, (Sizes(1, 16), Sizes(5, 5))),
+}
 QUICK_ROWS = (Sizes(1), Sizes(5))
 
 
@@ -210,6 +215,21 @@ def _gated_mlp(geo: Geometry, sizes: Sizes) -> Iterator[Case]:
             return OPS["gated_mlp"].bind(args)
 
         yield Case(OPS["gated_mlp"], f"{name} {hidden} x {inner}", sizes, make, witness=_first_rows)
+
+
+def _dequantize(geo: Geometry, sizes: Sizes) -> Iterator[Case]:
+    """The weight of the down projection of the dense MLP, widened as a whole."""
+    rows, columns = geo.hidden_size, geo.intermediate_size
+
+    def make(i: int) -> tuple:
+        weight, scale = quantize(geo.data.random(i)(rows, columns), FP8Block())
+        return OPS["dequantize"].bind((weight, scale, geo.data.dtype))
+
+    def first_blocks(args: tuple) -> tuple[tuple, Callable]:
+        weight, scale, *rest = args
+        return (weight[:128], scale[:1], *rest), lambda results: [y[:128] for y in results]
+
+    yield Case(OPS["dequantize"], f"{rows} x {columns}", sizes, make, witness=first_blocks)
 
 
 def _mla_attention(geo: Geometry, sizes: Sizes) -> Iterator[Case]:
@@ -360,6 +380,7 @@ CASES: dict[str, Callable[[Geometry, Sizes], Iterator[Case]]] = {
     "add_rms_norm": _add_norm,
     "rope": _rope,
     "multi_linear": _multi_linear,
+    "dequantize": _dequantize,
     "gated_mlp": _gated_mlp,
     "mla_attention": _mla_attention,
     "attention": _attention,

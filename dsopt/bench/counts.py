@@ -100,6 +100,7 @@ COUNTS: dict[str, Callable[[tuple, Sequence[torch.Tensor]], tuple[int, int]]] = 
     "add_rms_norm": _per_element(5),
     "rope": _per_element(3),
     "multi_linear": _multi_linear,
+    "dequantize": _per_element(1),
     "gated_mlp": _gated_mlp,
     "mla_attention": _mla_attention,
     "attention": _attention,

@@ -6,7 +6,7 @@ is what a user writes, it is taken as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn import functional as F
@@ -40,6 +40,15 @@ def rope(
         x = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
     a, b = x.chunk(2, -1)
     return x * cos + torch.cat((-b, a), -1) * sin
+
+
+def dequantize(
+    weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, block: Sequence[int]
+) -> torch.Tensor:
+    """Scales repeated for the elements of their blocks."""
+    rows, columns = weight.shape
+    by_element = scale.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[:rows, :columns]
+    return (weight.float() * by_element).to(dtype)
 
 
 def mla_attention(
@@ -151,6 +160,7 @@ EAGER: dict[str, Callable] = {
     "rope": rope,
     "multi_linear": OPS["multi_linear"].reference,
     "gated_mlp": OPS["gated_mlp"].reference,
+    "dequantize": dequantize,
     "mla_attention": mla_attention,
     "attention": attention,
     "moe_route": moe_route,

@@ -5,6 +5,7 @@ from dsopt.ops.attention import attention, mla_attention
 from dsopt.ops.experts import moe_experts
 from dsopt.ops.linear import gated_mlp, multi_linear
 from dsopt.ops.norm import add_rms_norm, rms_norm
+from dsopt.ops.quant import dequantize
 from dsopt.ops.rope import rope
 from dsopt.ops.route import moe_route
 
@@ -20,5 +21,6 @@ OPS: dict[str, Op] = {
         mla_attention,
         moe_route,
         moe_experts,
+        dequantize,
     )
 }

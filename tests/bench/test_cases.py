@@ -13,6 +13,8 @@ from dsopt.models.presets import PRESETS
 from dsopt.numerics import relative_l2
 from dsopt.ops import OPS
 
+OWN_DTYPES = {"moe_route": torch.float32, "dequantize": torch.float8_e4m3fn}  # of the first argument
+
 
 @pytest.mark.parametrize("preset", ["v2-lite", "v3", "v3.2"])
 @pytest.mark.parametrize("op", OPS)
@@ -34,7 +36,7 @@ def test_sets_differ_and_repeat_by_number(op):
     (case, *_) = cases(OPS[op], geo, (Sizes(2, 4),))
     first, again, other = case.make(0)[0], case.make(0)[0], case.make(1)[0]
     assert torch.equal(first, again) and not torch.equal(first, other)
-    assert first.dtype == (torch.float32 if op == "moe_route" else torch.bfloat16)
+    assert first.dtype == OWN_DTYPES.get(op, torch.bfloat16)
 
 
 def test_neighbouring_sets_choose_no_expert_twice():

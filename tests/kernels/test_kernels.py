@@ -23,9 +23,10 @@ from dsopt.testing import (
 
 DEVICES = [torch.device(d) for d in ("cpu", "cuda") if d == "cpu" or torch.cuda.is_available()]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# a first argument in FP8 is widened to the dtype of the sample
+TAKEN = frozenset((*DTYPES[:2], torch.float8_e4m3fn))
 REFERENCES = [
-    Kernel(op.name, "reference", lambda *_, op=op: op.reference, dtypes=frozenset(DTYPES[:2]))
-    for op in OPS.values()
+    Kernel(op.name, "reference", lambda *_, op=op: op.reference, dtypes=TAKEN) for op in OPS.values()
 ]
 CASES = [
     pytest.param(OPS[kernel.op], kernel, device, dtype, id=f"{kernel.label}-{device}-{str(dtype)[6:]}")
