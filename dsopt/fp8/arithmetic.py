@@ -73,25 +73,32 @@ def quantize(x: torch.Tensor, format: FP8Block | FP8Group | FP8Row) -> tuple[tor
         for start in range(0, n, rows):
             strip = slice(start, start + rows)
             blocks = slice(start // block[0], -(-min(n, start + rows) // block[0]))
-            weight[(*at, strip)], scale[(*at, blocks)] = _quantize(x[(*at, strip)].float(), block, format)
+            part = x[(*at, strip)].float()
+            if not bool(torch.isfinite(part).all()):
+                raise ValueError(
+                    "x holds NaN or infinity, or a number beyond float32, and cannot be quantized"
+                )
+            weight[(*at, strip)], scale[(*at, blocks)] = quantize_matrix(part, format)
     return weight, scale
 
 
-def _quantize(
-    x: torch.Tensor, block: tuple[int, int], format: FP8Block | FP8Group | FP8Row
+def quantize_matrix(
+    x: torch.Tensor, format: FP8Block | FP8Group | FP8Row
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The formula for a matrix (N, K) in float32."""
-    if not bool(torch.isfinite(x).all()):
-        raise ValueError("x holds NaN or infinity, or a number beyond float32, and cannot be quantized")
+    """`quantize` of a matrix (N, K) in float32 that is not asked whether it is finite, so that it can be traced.
+
+    What is not finite makes its block's scale infinite or NaN, and reads as NaN.
+    """
     n, k = x.shape
+    block = format.block_of(x.shape)
     rows, columns = block
     padded = F.pad(x, (0, -k % columns, 0, -n % rows))
     blocked = padded.view(padded.shape[0] // rows, rows, padded.shape[1] // columns, columns)
-    amax = blocked.abs().amax((1, 3)).clamp_(min=AMAX_FLOOR)
+    amax = blocked.abs().amax((1, 3)).clamp(min=AMAX_FLOOR)
     scale = amax / E4M3_MAX
     if format.scale_fmt == "ue8m0":
         scale = power_of_two(scale)
-    q = (blocked / scale[:, None, :, None]).clamp_(-E4M3_MAX, E4M3_MAX)
+    q = (blocked / scale[:, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX)
     weight = q.view(padded.shape)[:n, :k].to(torch.float8_e4m3fn)
     return weight, scale.to(format.scale_dtype)
 
