@@ -13,6 +13,7 @@ from dsopt.ops.linear import gated_mlp
 from dsopt.rewrite import Emitter, Log, aten, is_op, replace, same_shape, shape, val
 
 FAMILY = "moe"
+SHARED = slice(13, 16)  # where the shared MLP's weights are among the arguments of moe_experts
 # views that keep the order of the rows
 _VIEWS = (aten.reshape.default, aten.view.default, aten.contiguous.default)
 
@@ -30,7 +31,8 @@ def run(gm: GraphModule, log: Log) -> None:
             continue
         log.hit()
         emit = Emitter(gm, total)
-        folded = emit(moe_experts.overload, *args[:-3], *mlp.args[1:4], like=val(node))
+        routed = args[: SHARED.start]
+        folded = emit(moe_experts.overload, *routed, *mlp.args[1:4], *args[SHARED.stop :], like=val(node))
         for view in views:
             folded = emit(view.target, folded, *view.args[1:], like=val(view))
         replace(total, folded)
@@ -51,7 +53,7 @@ def _total(node: Node) -> tuple[list[Node], Node | None]:
 
 def _shared(node: Node, total: Node) -> Node | None:
     """The gated MLP that is added, if it reads the same x row by row and nothing else reads it."""
-    if moe_experts.bind(node.args, node.kwargs)[-3] is not None:
+    if moe_experts.bind(node.args, node.kwargs)[SHARED.start] is not None:
         return None
     for term in total.args:
         mlp = _unviewed(term)

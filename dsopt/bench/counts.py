@@ -85,12 +85,12 @@ def _attention(args: tuple, results: Sequence[torch.Tensor]) -> tuple[int, int]:
 
 def _moe_experts(args: tuple, results: Sequence[torch.Tensor]) -> tuple[int, int]:
     x, ids, weights, w13, w2, w3, b13, b2, b3 = args[:9]
-    shared = args[13:16]
+    shared, scales, shared_scales = args[13:16], args[16:19], args[19:22]
     chosen = ids[(ids >= 0) & (ids < w13.shape[0])]
     hit = chosen.unique().numel()
-    stacks = [w for w in (w13, w2, w3, b13, b2, b3) if w is not None]
+    stacks = [w for w in (w13, w2, w3, b13, b2, b3, *scales) if w is not None]
     products = [w[0].numel() for w in (w13, w2, w3) if w is not None]
-    moved = nbytes(x, ids, weights, *shared, *results) + hit * nbytes(*(w[0] for w in stacks))
+    moved = nbytes(x, ids, weights, *shared, *shared_scales, *results) + hit * nbytes(*(w[0] for w in stacks))
     shared_flops = sum(2 * x.shape[0] * w.numel() for w in shared if w is not None)
     return moved, 2 * chosen.numel() * sum(products) + shared_flops
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
+from dsopt.fp8 import FP8Block, FP8Group, quantize
 from dsopt.numerics import rand
 from dsopt.op import Op
+from dsopt.ops.quant import fp8_operands, widened
+
+# rows and columns of a latent that share a scale
+LATENT_BLOCK = (1, 128)
 
 
 def mla_attention_reference(
@@ -20,6 +25,10 @@ def mla_attention_reference(
     mask: torch.Tensor | None,
     scale: float,
     is_causal: bool = False,
+    w_uk_scale: torch.Tensor | None = None,
+    w_uv_scale: torch.Tensor | None = None,
+    latent_scale: torch.Tensor | None = None,
+    block: Sequence[int] = (128, 128),
 ) -> torch.Tensor:
     """Attention over a latent cache, the key and value of each head being linear maps of one latent.
 
@@ -32,10 +41,20 @@ def mla_attention_reference(
     mask: None; bool (True = attend) or float (added to the scores), broadcastable to
         (batch, 1, new_tokens, cached_tokens).
     is_causal: query s sees keys t <= s (upper-left aligned, as in scaled_dot_product_attention).
+    w_uk_scale, w_uv_scale: where those weights are float8_e4m3fn, the scales of each head's matrix, as for
+        `dsopt::dequantize` in blocks of `block`: (heads, ceil(qk_nope_head_dim / rows), ceil(kv_lora_rank / columns))
+        and so on.
+    latent_scale: where the latent is float8_e4m3fn, (batch, cached_tokens, ceil(kv_lora_rank / 128)): one scale for
+        128 columns of a token.
     Returns (batch, new_tokens, heads, v_head_dim), contiguous. A query that may see no key gives zeros.
 
     Source: DeepSeek-V2, arXiv 2405.04434, section 2.1; equations 37-47 of its appendix C.
     """
+    w_uk, w_uv = (
+        widened(w_uk, w_uk_scale, q_nope.dtype, block),
+        widened(w_uv, w_uv_scale, q_nope.dtype, block),
+    )
+    latent = widened(latent, latent_scale, q_nope.dtype, LATENT_BLOCK)
     k_nope = torch.einsum("btr,hdr->bhtd", latent, w_uk)
     value = torch.einsum("btr,hdr->bhtd", latent, w_uv)
     scores = q_nope @ k_nope.transpose(-1, -2) + q_rope @ k_rope.unsqueeze(1).transpose(-1, -2)
@@ -107,14 +126,35 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple]:
     yield (q_nope * 30, q_rope * 30, latent, k_rope, w_uk, w_uv, None, scale)
     yield (*case(2, 4, 0, 12), None, scale)
     yield (*case(0, 4, 1, 12), None, scale)
+    # FP8: a latent of partial groups, weights, and both
+    for sizes, format in (
+        ((1, 4, 1, 40, 16, 8, 32, 24), FP8Block(rows=16, columns=16)),
+        ((2, 3, 5, 33, 7, 6, 140, 5), FP8Block("ue8m0", 1, 128)),
+    ):
+        q_nope, q_rope, latent, k_rope, *w = case(*sizes)
+        (w_uk, w_uv), scales, block = fp8_operands(w, format)
+        latent8, latent_scale = quantize(latent, FP8Group(format.scale_fmt))
+        yield q_nope, q_rope, latent, k_rope, w_uk, w_uv, None, scale, False, *scales, None, block
+        yield q_nope, q_rope, latent8, k_rope, *w, None, scale, True, None, None, latent_scale
+        yield q_nope, q_rope, latent8, k_rope, w_uk, w_uv, None, scale, False, *scales, latent_scale, block
+    q_nope, q_rope, latent, k_rope, *w = case(2, 16, 1, 1100, rank=130)
+    latent8, latent_scale = quantize(latent, FP8Group())
+    yield q_nope, q_rope, latent8, k_rope, *w, valid, scale, False, None, None, latent_scale
+
+
+def _mla_fake(q_nope, q_rope, latent, k_rope, w_uk, w_uv, *_):
+    batch, heads, tokens, _ = q_nope.shape
+    return q_nope.new_empty((batch, tokens, heads, w_uv.shape[1]))
 
 
 mla_attention = Op(
     name="mla_attention",
     schema="(Tensor q_nope, Tensor q_rope, Tensor latent, Tensor k_rope, Tensor w_uk, Tensor w_uv, "
-    "Tensor? mask, float scale, bool is_causal=False) -> Tensor",
+    "Tensor? mask, float scale, bool is_causal=False, Tensor? w_uk_scale=None, Tensor? w_uv_scale=None, "
+    "Tensor? latent_scale=None, int[2] block=[128, 128]) -> Tensor",
     reference=mla_attention_reference,
     samples=_samples,
+    fake=_mla_fake,
     tolerance={torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 3e-3},
     family="mla",
 )

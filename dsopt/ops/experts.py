@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.nn import functional as F
 
+from dsopt.fp8 import FP8Block
 from dsopt.numerics import rand
 from dsopt.op import Op
 from dsopt.ops import linear
 from dsopt.ops.linear import gated_mlp_reference
+from dsopt.ops.quant import fp8_operands, widened
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     **linear.ACTIVATIONS,
@@ -64,6 +66,13 @@ def moe_experts_reference(
     shared_gate: torch.Tensor | None = None,
     shared_up: torch.Tensor | None = None,
     shared_down: torch.Tensor | None = None,
+    scale13: torch.Tensor | None = None,
+    scale2: torch.Tensor | None = None,
+    scale3: torch.Tensor | None = None,
+    shared_scale_gate: torch.Tensor | None = None,
+    shared_scale_up: torch.Tensor | None = None,
+    shared_scale_down: torch.Tensor | None = None,
+    block: Sequence[int] = (128, 128),
 ) -> torch.Tensor:
     """sum_k weights[t,k] * expert[ids[t,k]](x[t]) + shared(x[t]) for each token t.
 
@@ -81,6 +90,10 @@ def moe_experts_reference(
     limit: gate = min(gate, limit) and -limit <= up <= limit before the activation.
     shared_gate, shared_up (shared_intermediate, hidden), shared_down (hidden_out, shared_intermediate): the MLP
         that every token passes, or None all three.
+    scale13, scale2, scale3, shared_scale_gate, shared_scale_up, shared_scale_down: the scales of those weights that
+        are float8_e4m3fn, as for `dsopt::dequantize` in blocks of `block`; those of the first three have a leading
+        axis of experts. Each matrix is in blocks of its own: where gate and up share w13 and the intermediate width
+        is no multiple of the block's rows, one block holds rows of both.
     Returns (num_tokens, hidden_out) of x's dtype, contiguous. An id that is no expert's (below 0, or
     num_experts and above) adds nothing: the sentinel of expert parallelism. Its weight is not looked at.
 
@@ -89,7 +102,11 @@ def moe_experts_reference(
     wide = torch.promote_types(x.dtype, torch.float32)
     out = torch.zeros(x.shape[0], w2.shape[1], dtype=wide, device=x.device)
     if shared_gate is not None:
-        out = out + gated_mlp_reference(x, shared_gate, shared_up, shared_down)
+        shared_scales = shared_scale_gate, shared_scale_up, shared_scale_down
+        mlp = shared_gate, shared_up, shared_down, None, None, None, "silu", None, *shared_scales, block
+        out = out + gated_mlp_reference(x, *mlp)
+    w13, w2 = widened(w13, scale13, x.dtype, block), widened(w2, scale2, x.dtype, block)
+    w3 = None if w3 is None else widened(w3, scale3, x.dtype, block)
     # every expert sees every token, so that nothing here depends on what the ids are
     for e in range(w13.shape[0]):
         h = F.linear(x, w13[e], None if b13 is None else b13[e])
@@ -148,13 +165,36 @@ def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[tuple]:
     shared = [r(20, 32) * 0.2, r(20, 32) * 0.2, r(32, 20) * 0.2]
     yield x, ids, weights, w13, w2, None, None, None, None, "silu", True, False, None, *shared
     yield x[::2], ids[::2], weights[::2], w13[:, ::2], w2[..., ::2]
+    # FP8: partial blocks, exponents, gate and up apart, the shared MLP too
+    plain = None, None, None, "silu", True, False, None
+    for sizes, format in (
+        ((1, 2, 4, 40, 24), FP8Block(rows=8, columns=16)),
+        ((5, 3, 6, 33, 17), FP8Block("ue8m0", 8, 16)),
+        ((3, 2, 4, 257, 131), FP8Block()),
+        ((40, 2, 4, 24, 16), FP8Block(rows=8, columns=8)),
+        ((0, 2, 4, 16, 8), FP8Block()),
+    ):
+        x, ids, weights, *w = case(*sizes)
+        (w13, w2), scales, block = fp8_operands(w, format)
+        yield x, ids, weights, w13, w2, None, *plain, None, None, None, *scales, None, None, None, None, block
+    x, ids, weights, w13, w2 = case(9, 2, 4, 32, 24)
+    gate, up = w13.chunk(2, 1)
+    (gate, down, up), scales, block = fp8_operands([gate, w2, up], FP8Block(rows=16, columns=16))
+    mlp, mlp_scales, _ = fp8_operands(shared, FP8Block(rows=16, columns=16))
+    yield x, ids, weights, gate, down, up, *plain, *mlp, *scales, *mlp_scales, block
+    biased = b13, b2, None, "swiglu_oai", True, True, 1.5
+    (wide13, wide2), scales, block = fp8_operands([w13, w2], FP8Block(rows=16, columns=16))
+    yield x, ids, weights, wide13, wide2, None, *biased, *shared, *scales, None, None, None, None, block
+    yield x, ids, weights, wide13, w2, None, *plain, *mlp, scales[0], None, None, *mlp_scales, block
 
 
 moe_experts = Op(
     name="moe_experts",
     schema="(Tensor x, Tensor ids, Tensor weights, Tensor w13, Tensor w2, Tensor? w3=None, Tensor? b13=None, "
     "Tensor? b2=None, Tensor? b3=None, str activation='silu', bool gated=True, bool interleaved=False, "
-    "float? limit=None, Tensor? shared_gate=None, Tensor? shared_up=None, Tensor? shared_down=None) -> Tensor",
+    "float? limit=None, Tensor? shared_gate=None, Tensor? shared_up=None, Tensor? shared_down=None, "
+    "Tensor? scale13=None, Tensor? scale2=None, Tensor? scale3=None, Tensor? shared_scale_gate=None, "
+    "Tensor? shared_scale_up=None, Tensor? shared_scale_down=None, int[2] block=[128, 128]) -> Tensor",
     reference=moe_experts_reference,
     samples=_samples,
     fake=_fake,

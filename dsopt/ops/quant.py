@@ -24,6 +24,27 @@ def dequantize_reference(
     return arithmetic.dequantize(weight, scale, dtype, block)
 
 
+def widened(
+    weight: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype, block: Sequence[int]
+) -> torch.Tensor:
+    """The weight itself, or the dequantized one where it has a scale."""
+    return weight if scale is None else arithmetic.dequantize(weight, scale, dtype, block)
+
+
+def refuse_scales(*scales: torch.Tensor | Sequence[torch.Tensor | None] | None) -> str | None:
+    """Why a kernel that reads no FP8 refuses these scales of its operands, or None if there are none."""
+    given = any(s is not None for x in scales for s in (x if isinstance(x, (list, tuple)) else [x]))
+    return "reads no operands in FP8, got one with scales" if given else None
+
+
+def fp8_operands(
+    weights: Sequence[torch.Tensor], format: FP8Block
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[int]]:
+    """Weights quantized, their scales, and the block: what samples with FP8 operands are made of."""
+    pairs = [quantize(w, format) for w in weights]
+    return [w for w, _ in pairs], [s for _, s in pairs], [format.rows, format.columns]
+
+
 def _fake(weight, scale, dtype, block=(128, 128)):
     return weight.new_empty(weight.shape, dtype=dtype)
 

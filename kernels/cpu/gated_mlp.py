@@ -17,6 +17,7 @@ from dsopt.kernels.cpu.native import CPU, DTYPES, NATIVE, _cpu, plan, rows
 from dsopt.kernels.torch.gated_mlp import gated_mlp as aten_gated_mlp
 from dsopt.op import Kernel
 from dsopt.ops.linear import ACTIVATIONS as MLP_ACTIVATIONS
+from dsopt.ops.quant import refuse_scales
 
 
 def gated_mlp(
@@ -29,6 +30,7 @@ def gated_mlp(
     b_down: torch.Tensor | None = None,
     activation: str = "silu",
     limit: float | None = None,
+    *_,
 ) -> torch.Tensor:
     if many_tokens(x):
         return aten_gated_mlp(x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation, limit)
@@ -60,7 +62,11 @@ def gated_mlp(
     return out
 
 
-def _check(x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation, limit) -> str | None:
+def _check(
+    x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation, limit, *scales_and_block
+) -> str | None:  # fmt: skip
+    if reason := refuse_scales(*scales_and_block[:-1]):
+        return reason
     if activation not in MLP_ACTIVATIONS:
         return f"computes {', '.join(MLP_ACTIVATIONS)}, got activation {activation}"
     if limit is not None and limit < 0:

@@ -20,6 +20,7 @@ from dsopt.capture import known
 from dsopt.kernels.cpu.masks import check_mask, native_mask
 from dsopt.kernels.cpu.native import CPU, DTYPES, NATIVE, _cpu, dense_rows, plan, require
 from dsopt.op import Kernel
+from dsopt.ops.quant import refuse_scales
 
 # Few new tokens leave the expanded form's tiles empty. With more, a multiply-add of the absorbed form takes this much
 # longer than one of the expanded form: 1.2 to 1.8 was measured with 32 to 192 new tokens behind 0 to 1024 cached ones,
@@ -141,6 +142,7 @@ def _mla_attention(
     mask: torch.Tensor | None,
     scale: float,
     is_causal: bool = False,
+    *_,
 ) -> torch.Tensor:
     (tokens, nope), (cached, rank), rope, value = (
         q_nope.shape[2:],
@@ -152,7 +154,9 @@ def _mla_attention(
     return variant(q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal)
 
 
-def _check(q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal=False):
+def _check(q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal=False, *scales_and_block):
+    if reason := refuse_scales(*scales_and_block[:-1]):
+        return reason
     tensors = {"q_rope": q_rope, "latent": latent, "k_rope": k_rope, "w_uk": w_uk, "w_uv": w_uv}
     for name, x in tensors.items():
         if x.dtype != q_nope.dtype or x.device != q_nope.device:

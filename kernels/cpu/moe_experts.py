@@ -12,6 +12,7 @@ import torch
 from dsopt.capture import known
 from dsopt.kernels.cpu.native import CPU, DTYPES, NATIVE, _cpu, dense_rows, plan, rows
 from dsopt.op import Kernel
+from dsopt.ops.quant import refuse_scales
 
 Stack = tuple[int, int, int]
 
@@ -49,6 +50,7 @@ def moe_experts(
     shared_gate: torch.Tensor | None = None,
     shared_up: torch.Tensor | None = None,
     shared_down: torch.Tensor | None = None,
+    *_,
 ) -> torch.Tensor:
     num_tokens, hidden = x.shape
     num_experts, out_hidden, intermediate = w2.shape
@@ -100,8 +102,10 @@ def _halves(both: Stack, item: int, intermediate: int, interleaved: bool) -> tup
 
 def _check(
     x, ids, weights, w13, w2, w3, b13, b2, b3, activation, gated, interleaved, limit,
-    shared_gate, shared_up, shared_down,
+    shared_gate, shared_up, shared_down, *scales_and_block,
 ) -> str | None:  # fmt: skip
+    if reason := refuse_scales(*scales_and_block[:-1]):
+        return reason
     if activation not in ACTIVATIONS:
         return f"computes {', '.join(ACTIVATIONS)}, got activation {activation}"
     if x.ndim != 2 or known(x.shape[1] == 0) or w2.ndim != 3:

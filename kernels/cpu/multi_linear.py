@@ -15,6 +15,7 @@ from dsopt.kernels.cpu.native import CPU, DTYPES, NATIVE, _cpu, dense_rows, plan
 from dsopt.kernels.torch.gemm import is_slow
 from dsopt.kernels.torch.multi_linear import multi_linear as aten
 from dsopt.op import Kernel
+from dsopt.ops.quant import refuse_scales
 
 # Tokens from which ATen's GEMM is the faster, as measured by benchmarks/bench_linear.py on an AVX-512 chip without
 # bfloat16 products, where ATen must widen the weights. More than 64, so that the answers to a few new tokens do not
@@ -62,11 +63,14 @@ def multi_linear(
     weights: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor | None],
     dtype: torch.dtype | None = None,
+    *_,
 ) -> list[torch.Tensor]:
     return (aten if many_tokens(x) else native)(x, weights, biases, dtype)
 
 
-def _check(x, weights, biases, dtype=None) -> str | None:
+def _check(x, weights, biases, dtype=None, *scales_and_block) -> str | None:
+    if reason := refuse_scales(*scales_and_block[:-1]):
+        return reason
     if dtype not in (None, x.dtype, torch.float32):
         return f"gives x's dtype {x.dtype} or float32, got dtype {dtype}"
     if x.ndim == 0 or x.shape[-1] == 0:

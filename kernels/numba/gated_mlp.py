@@ -8,6 +8,7 @@ from dsopt.kernels.numba.moe_experts import add_mlp
 from dsopt.kernels.numba.multi_linear import DTYPES, FEW_TOKENS, check_weight
 from dsopt.kernels.torch.gated_mlp import gated_mlp as many_tokens
 from dsopt.op import Kernel
+from dsopt.ops.quant import refuse_scales
 
 
 def gated_mlp(
@@ -20,6 +21,7 @@ def gated_mlp(
     b_down: torch.Tensor | None = None,
     activation: str = "silu",
     limit: float | None = None,
+    *_,
 ) -> torch.Tensor:
     tokens = x.shape[:-1].numel()
     if tokens > FEW_TOKENS:
@@ -32,7 +34,11 @@ def gated_mlp(
     return out.to(x.dtype).view(*x.shape[:-1], w_down.shape[0])
 
 
-def _check(x, w_gate, w_up, w_down, b_gate=None, b_up=None, b_down=None, *rest):
+def _check(
+    x, w_gate, w_up, w_down, b_gate=None, b_up=None, b_down=None, activation="silu", limit=None, *scales_and_block
+):  # fmt: skip
+    if reason := refuse_scales(*scales_and_block[:-1]):
+        return reason
     wide, narrow = (w_gate.shape[0], x.shape[-1]), (w_down.shape[0], w_gate.shape[0])
     operands = {"w_gate": (w_gate, wide), "w_up": (w_up, wide), "w_down": (w_down, narrow)}
     operands |= {"b_gate": (b_gate, wide[:1]), "b_up": (b_up, wide[:1]), "b_down": (b_down, narrow[:1])}

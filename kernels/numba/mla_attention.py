@@ -26,6 +26,7 @@ from dsopt.kernels.torch.gemm import is_slow
 from dsopt.kernels.torch.mla_attention import mla_attention as aten
 from dsopt.kernels.torch.mla_attention import visible_length
 from dsopt.op import Kernel
+from dsopt.ops.quant import refuse_scales
 
 CHUNK = 64
 SPLIT = 256
@@ -344,6 +345,7 @@ def mla_attention(
     mask: torch.Tensor | None,
     scale: float,
     is_causal: bool = False,
+    *_,
 ) -> torch.Tensor:
     few = q_nope.shape[1] * q_nope.shape[2] <= FEW_ROWS or latent.shape[1] == 0
     return (absorbed if few else _through_aten)(
@@ -351,7 +353,9 @@ def mla_attention(
     )
 
 
-def _check(q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal=False):
+def _check(q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal=False, *scales_and_block):
+    if reason := refuse_scales(*scales_and_block[:-1]):
+        return reason
     tensors = dict(zip(_NDIMS, (q_nope, q_rope, latent, k_rope, w_uk, w_uv)))
     for name, x in tensors.items():
         if x.dtype != q_nope.dtype or x.device != q_nope.device:

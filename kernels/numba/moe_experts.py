@@ -19,6 +19,7 @@ from dsopt.kernels.numba.multi_linear import check_weight
 from dsopt.kernels.numba.runtime import DTYPES, flat, inner, kernel, nothing, run, widen
 from dsopt.kernels.torch.moe_experts import by_expert
 from dsopt.op import Kernel
+from dsopt.ops.quant import refuse_scales
 
 # tokens an expert has, on average, up to which this kernel is faster than widening its weights for ATen's GEMM
 # (bfloat16; V2-Lite's widths), or than that GEMM alone (float32)
@@ -201,6 +202,7 @@ def moe_experts(
     shared_gate: torch.Tensor | None = None,
     shared_up: torch.Tensor | None = None,
     shared_down: torch.Tensor | None = None,
+    *_,
 ) -> torch.Tensor:
     if ids.numel() > FEW_TOKENS[x.dtype] * w13.shape[0]:
         shared = (shared_gate, shared_up, shared_down)
@@ -243,8 +245,11 @@ def add_mlp(
 
 
 def _check(
-    x, ids, weights, w13, w2, w3=None, b13=None, b2=None, b3=None, activation="silu", gated=True, *rest
+    x, ids, weights, w13, w2, w3=None, b13=None, b2=None, b3=None, activation="silu", gated=True,
+    interleaved=False, limit=None, shared_gate=None, shared_up=None, shared_down=None, *scales_and_block,
 ):  # fmt: skip
+    if reason := refuse_scales(*scales_and_block[:-1]):
+        return reason
     if activation not in _ACTIVATIONS:
         return f"needs an activation of {', '.join(_ACTIVATIONS)}, got {activation}"
     if any(known(a != b) for a, b in zip(ids.shape, weights.shape)):
@@ -259,11 +264,10 @@ def _check(
     shapes = {"w13": w13_shape, "w2": w2_shape, "w3": w3_shape}
     shapes |= {"b13": w13_shape[:2], "b2": w2_shape[:2], "b3": w3_shape[:2]}
     operands = [(name, w, shapes[name]) for name, w in zip(shapes, (w13, w2, w3, b13, b2, b3))]
-    if rest[2] is not None:
-        gate, up, down = rest[2:]
-        shared = (gate.shape[0], hidden)
-        operands += [("shared_gate", gate, shared), ("shared_up", up, shared)]
-        operands += [("shared_down", down, (out, gate.shape[0]))]
+    if shared_gate is not None:
+        shared = (shared_gate.shape[0], hidden)
+        operands += [("shared_gate", shared_gate, shared), ("shared_up", shared_up, shared)]
+        operands += [("shared_down", shared_down, (out, shared_gate.shape[0]))]
     reasons = (check_weight(name, w, x, shape) for name, w, shape in operands if w is not None)
     return next(filter(None, reasons), None)
 

@@ -16,6 +16,7 @@ from dsopt.kernels.numba.dots import ROWS, rows_dot
 from dsopt.kernels.numba.runtime import flat, inner, kernel, nothing, run, store, widen
 from dsopt.kernels.torch import gemm
 from dsopt.op import Kernel
+from dsopt.ops.quant import refuse_scales
 
 # tokens up to which this kernel is faster than ATen's GEMM
 FEW_TOKENS = 32
@@ -59,6 +60,7 @@ def multi_linear(
     weights: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor | None],
     dtype: torch.dtype | None = None,
+    *_,
 ) -> list[torch.Tensor]:
     return [linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
 
@@ -74,7 +76,9 @@ def check_weight(name: str, w: torch.Tensor, x: torch.Tensor, shape: Sequence[in
     return None
 
 
-def _check(x, weights, biases, dtype=None):
+def _check(x, weights, biases, dtype=None, *scales_and_block):
+    if reason := refuse_scales(*scales_and_block[:-1]):
+        return reason
     if dtype not in (None, x.dtype):
         return f"computes in x's dtype {x.dtype}, got dtype {dtype}"
     reasons = [

@@ -8,9 +8,12 @@ the weight dominates and ATen's own GEMV stays.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch.nn.functional import linear as aten_linear
+
+from dsopt.kernels.torch.dequantize import dequantize
 
 # tokens from which widening the weight pays; measured equal near 25 on an AVX-512 chip without such products
 MANY_TOKENS = 32
@@ -32,15 +35,31 @@ def is_slow(dtype: torch.dtype) -> bool:
     return x86 and dtype in PRODUCTS and not any(has.get(name) for name in PRODUCTS[dtype])
 
 
-def linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x @ w.T + bias, x (..., in_features) and w (out_features, in_features) of one dtype, on any device."""
+def linear(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    block: Sequence[int] = (128, 128),
+) -> torch.Tensor:
+    """x @ w.T + bias, x (..., in_features) and w (out_features, in_features) of one dtype, on any device.
+
+    scale: where w is in FP8, its scales as for `dsopt::dequantize`; then it is widened a block of rows at a time.
+    """
     tokens = x.shape[:-1].numel()
-    if not x.is_cpu or tokens < MANY_TOKENS or not is_slow(x.dtype):
+    widens = x.is_cpu and tokens >= MANY_TOKENS and is_slow(x.dtype)
+    if scale is None and not widens:
         return aten_linear(x, w, bias)
-    wide = x.float()
+    wide = x.float() if widens else x
     out = torch.empty(*x.shape[:-1], w.shape[0], dtype=x.dtype, device=x.device)
-    rows = max(1, BLOCK_BYTES // (4 * max(1, w.shape[1])))
-    for start in range(0, w.shape[0], rows):
-        block = slice(start, start + rows)
-        out[..., block] = aten_linear(wide, w[block].float(), None if bias is None else bias[block].float())
+    height = 1 if scale is None else block[0]
+    step = height * max(1, BLOCK_BYTES // (4 * height * max(1, w.shape[1])))
+    for start in range(0, w.shape[0], step):
+        rows = slice(start, start + step)
+        if scale is None:
+            part = w[rows].float()
+        else:
+            scales = scale[start // height : -(-(start + step) // height)]
+            part = dequantize(w[rows], scales, wide.dtype, block)
+        out[..., rows] = aten_linear(wide, part, None if bias is None else bias[rows].to(wide.dtype))
     return out

@@ -9,10 +9,14 @@ once and new * (nope + rope + v) on top; `absorbs` takes the cheaper.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional as F
 
+from dsopt.kernels.torch.dequantize import dequantize
 from dsopt.op import Kernel
+from dsopt.ops.attention import LATENT_BLOCK
 
 # expanded keys and values of one group of heads are kept below this, so that prefill needs little memory
 _GROUP_BYTES = 64 << 20
@@ -53,9 +57,19 @@ def absorbed(
     mask: torch.Tensor | None,
     scale: float,
     is_causal: bool = False,
+    w_uk_scale: torch.Tensor | None = None,
+    w_uv_scale: torch.Tensor | None = None,
+    latent_scale: torch.Tensor | None = None,
+    block: Sequence[int] = (128, 128),
 ) -> torch.Tensor:
     """The op's formula with both expansions moved to the query side; heads share one GEMM over the latent."""
     batch, heads, new, _ = q_nope.shape
+    if latent_scale is not None:
+        length = visible_length(mask, new, latent.shape[1], is_causal)
+        latent, k_rope, latent_scale = latent[:, :length], k_rope[:, :length], latent_scale[:, :length]
+        mask = mask if mask is None or mask.shape[-1] == 1 else mask[..., :length]
+    w_uk, w_uv = _widened(w_uk, w_uk_scale, q_nope, block), _widened(w_uv, w_uv_scale, q_nope, block)
+    latent = _widened(latent, latent_scale, q_nope, LATENT_BLOCK)
     cached, rank = latent.shape[1:]
     q = torch.cat((torch.einsum("bhsd,hdr->bhsr", q_nope, w_uk), q_rope), -1)
     keys = torch.cat((latent, k_rope), -1)
@@ -65,6 +79,12 @@ def absorbed(
         batch, heads, new, rank
     )
     return torch.einsum("bhsr,hdr->bshd", out, w_uv).contiguous()
+
+
+def _widened(
+    x: torch.Tensor, scale: torch.Tensor | None, like: torch.Tensor, block: Sequence[int]
+) -> torch.Tensor:
+    return x if scale is None else dequantize(x, scale, like.dtype, block)
 
 
 def _softmax(scores: torch.Tensor, mask: torch.Tensor | None, scale: float, is_causal: bool) -> torch.Tensor:
@@ -90,6 +110,10 @@ def expanded(
     mask: torch.Tensor | None,
     scale: float,
     is_causal: bool = False,
+    w_uk_scale: torch.Tensor | None = None,
+    w_uv_scale: torch.Tensor | None = None,
+    latent_scale: torch.Tensor | None = None,
+    block: Sequence[int] = (128, 128),
 ) -> torch.Tensor:
     """Keys and values made from what is visible of the latent, then fused attention, by groups of heads."""
     batch, heads, new, nope = q_nope.shape
@@ -99,6 +123,8 @@ def expanded(
     if length == 0:
         return out.zero_()
     latent, k_rope = latent[:, :length], k_rope[:, :length]
+    if latent_scale is not None:
+        latent = dequantize(latent, latent_scale[:, :length], q_nope.dtype, LATENT_BLOCK)
     if mask is not None and mask.shape[-1] != 1:
         mask = mask[..., :length]
     rope = q_rope.shape[-1]
@@ -108,16 +134,14 @@ def expanded(
         group = slice(h, min(h + step, heads))
         count = group.stop - group.start
         k = torch.empty(batch, count, length, nope + rope, dtype=latent.dtype, device=latent.device)
-        k[..., :nope] = (
-            F.linear(latent, w_uk[group].flatten(0, 1)).view(batch, length, count, nope).transpose(1, 2)
-        )
+        uk = _widened(w_uk[group], None if w_uk_scale is None else w_uk_scale[group], q_nope, block)
+        uv = _widened(w_uv[group], None if w_uv_scale is None else w_uv_scale[group], q_nope, block)
+        k[..., :nope] = F.linear(latent, uk.flatten(0, 1)).view(batch, length, count, nope).transpose(1, 2)
         k[..., nope:] = k_rope.unsqueeze(1)
         # fused attention on CPU wants values as wide as keys
         wide = nope + rope if v < nope + rope else v
         values = torch.zeros(batch, count, length, wide, dtype=latent.dtype, device=latent.device)
-        values[..., :v] = (
-            F.linear(latent, w_uv[group].flatten(0, 1)).view(batch, length, count, v).transpose(1, 2)
-        )
+        values[..., :v] = F.linear(latent, uv.flatten(0, 1)).view(batch, length, count, v).transpose(1, 2)
         q = torch.cat((q_nope[:, group], q_rope[:, group]), -1)
         got = F.scaled_dot_product_attention(q, k, values, mask, scale=scale, is_causal=is_causal)
         out[:, :, group] = got[..., :v].transpose(1, 2)
@@ -134,11 +158,16 @@ def mla_attention(
     mask: torch.Tensor | None,
     scale: float,
     is_causal: bool = False,
+    w_uk_scale: torch.Tensor | None = None,
+    w_uv_scale: torch.Tensor | None = None,
+    latent_scale: torch.Tensor | None = None,
+    block: Sequence[int] = (128, 128),
 ) -> torch.Tensor:
     new, rank = q_nope.shape[2], latent.shape[-1]
     cheap = absorbs(new, rank, q_rope.shape[-1], q_nope.shape[-1], w_uv.shape[1])
     variant = absorbed if cheap and not is_causal else expanded
-    return variant(q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal)
+    scales = w_uk_scale, w_uv_scale, latent_scale, block
+    return variant(q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal, *scales)
 
 
 KERNELS = (Kernel(op="mla_attention", backend="torch", plan=lambda *_: mla_attention, priority=1),)

@@ -7,7 +7,7 @@ is slow (see `gemm`), and on any device it takes the layouts and dtypes that `gr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -15,6 +15,7 @@ from dsopt.kernels.torch.gated_mlp import gated_mlp
 from dsopt.kernels.torch.gemm import MANY_TOKENS, is_slow, linear
 from dsopt.op import Kernel
 from dsopt.ops.experts import activate
+from dsopt.ops.quant import refuse_scales
 
 
 def by_expert(
@@ -34,12 +35,23 @@ def by_expert(
     shared_gate: torch.Tensor | None = None,
     shared_up: torch.Tensor | None = None,
     shared_down: torch.Tensor | None = None,
+    scale13: torch.Tensor | None = None,
+    scale2: torch.Tensor | None = None,
+    scale3: torch.Tensor | None = None,
+    shared_scale_gate: torch.Tensor | None = None,
+    shared_scale_up: torch.Tensor | None = None,
+    shared_scale_down: torch.Tensor | None = None,
+    block: Sequence[int] = (128, 128),
 ) -> torch.Tensor:
-    """One expert after another, those without tokens left out; reads the counts on the host."""
+    """One expert after another, those without tokens left out; reads the counts on the host.
+
+    Where weights are in FP8, an expert's are widened when it is its turn.
+    """
     expert, order = _sorted(ids, w13.shape[0])
     counts = torch.bincount(expert, minlength=w13.shape[0] + 1)[:-1].tolist()
     tokens = order // max(1, ids.shape[1])
-    out = _shared(x, w2.shape[1], shared_gate, shared_up, shared_down)
+    shared_scales = shared_scale_gate, shared_scale_up, shared_scale_down
+    out = _shared(x, w2.shape[1], shared_gate, shared_up, shared_down, *shared_scales, block)
     weights = weights.reshape(-1)[order].to(out.dtype).unsqueeze(-1)
     start = 0
     for e, count in enumerate(counts):
@@ -49,12 +61,16 @@ def by_expert(
         start += count
         token = tokens[rows]
         picked = x[token]
-        h = linear(picked, w13[e], None if b13 is None else b13[e])
-        other = None if w3 is None else linear(picked, w3[e], None if b3 is None else b3[e])
+        h = linear(picked, w13[e], _of(b13, e), _of(scale13, e), block)
+        other = None if w3 is None else linear(picked, w3[e], _of(b3, e), _of(scale3, e), block)
         h = activate(h, other, activation, gated, interleaved, limit)
-        y = linear(h, w2[e], None if b2 is None else b2[e])
+        y = linear(h, w2[e], _of(b2, e), _of(scale2, e), block)
         out.index_add_(0, token, y * weights[rows])
     return out.to(x.dtype)
+
+
+def _of(stack: torch.Tensor | None, expert: int) -> torch.Tensor | None:
+    return None if stack is None else stack[expert]
 
 
 def grouped(
@@ -74,8 +90,9 @@ def grouped(
     shared_gate: torch.Tensor | None = None,
     shared_up: torch.Tensor | None = None,
     shared_down: torch.Tensor | None = None,
+    *_,
 ) -> torch.Tensor:
-    """All experts in one product per weight, without a word from the device to the host."""
+    """All experts in one product per weight, without a word from the device to the host; no weights in FP8."""
     num_experts, topk = w13.shape[0], ids.shape[1]
     out = _shared(x, w2.shape[1], shared_gate, shared_up, shared_down)
     if ids.numel() == 0:
@@ -109,13 +126,18 @@ def _sorted(ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Te
 
 
 def _shared(
-    x: torch.Tensor, width: int, gate: torch.Tensor | None, up: torch.Tensor | None, down: torch.Tensor | None
+    x: torch.Tensor,
+    width: int,
+    gate: torch.Tensor | None,
+    up: torch.Tensor | None,
+    down: torch.Tensor | None,
+    *scales_and_block: torch.Tensor | Sequence[int] | None,
 ) -> torch.Tensor:
     """What the shared experts give, or zeros, in at least float32."""
     wide = torch.promote_types(x.dtype, torch.float32)
     if gate is None:
         return torch.zeros(x.shape[0], width, dtype=wide, device=x.device)
-    return gated_mlp(x, gate, up, down).to(wide)
+    return gated_mlp(x, gate, up, down, None, None, None, "silu", None, *scales_and_block).to(wide)
 
 
 def _groups(w: torch.Tensor) -> bool:
@@ -127,8 +149,12 @@ def _groups(w: torch.Tensor) -> bool:
     return rows and aligned[0] and ((w.stride(2) == 1 and aligned[1]) or (w.stride(1) == 1 and aligned[2]))
 
 
-def _plan(x, ids, weights, w13, w2, w3=None, *rest) -> Callable:
-    groups = x.dtype == torch.bfloat16 and all(_groups(w) for w in (w13, w2, w3) if w is not None)
+def _plan(x, ids, weights, w13, w2, w3, *rest) -> Callable:
+    *_, scale13, scale2, scale3, scale_gate, scale_up, scale_down, _ = rest
+    in_fp8 = refuse_scales(scale13, scale2, scale3, scale_gate, scale_up, scale_down) is not None
+    groups = (
+        not in_fp8 and x.dtype == torch.bfloat16 and all(_groups(w) for w in (w13, w2, w3) if w is not None)
+    )
     if x.device.type == "cuda":
         return grouped if groups and torch.cuda.get_device_capability(x.device) >= (8, 0) else by_expert
     if not groups or x.device.type != "cpu":

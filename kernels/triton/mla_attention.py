@@ -18,11 +18,12 @@ from dsopt.kernels.triton import mla_decode, mla_prefill
 from dsopt.kernels.triton.masking import prepare_mask, refuse_mask
 from dsopt.kernels.triton.operands import refuse_operands
 from dsopt.op import Kernel
+from dsopt.ops.quant import refuse_scales
 
 DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
 
 
-def _plan(q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal=False) -> Callable:
+def _plan(q_nope, *_) -> Callable:
     chip, processors = capability(q_nope.device), multiprocessors(q_nope.device)
     itemsize = q_nope.element_size()
 
@@ -36,6 +37,7 @@ def _plan(q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal=Fal
         mask: torch.Tensor | None,
         scale: float,
         is_causal: bool = False,
+        *_,
     ) -> torch.Tensor:
         batch, heads, new, nope = q_nope.shape
         cached, rank = latent.shape[1:]
@@ -58,7 +60,9 @@ def _plan(q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal=Fal
     return mla_attention
 
 
-def _check(q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal=False):
+def _check(q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal=False, *scales_and_block):
+    if reason := refuse_scales(*scales_and_block[:-1]):
+        return reason
     if (q_nope.ndim, latent.ndim, w_uv.ndim) != (4, 3, 3):
         got = f"{q_nope.ndim}, {latent.ndim} and {w_uv.ndim}"
         return f"needs q_nope of 4 dimensions, latent and w_uv of 3, got {got}"

@@ -24,6 +24,7 @@ from dsopt.kernels.triton.moe_align import align
 from dsopt.kernels.triton.operands import refuse_operands
 from dsopt.op import Kernel
 from dsopt.ops.experts import ACTIVATIONS, gate_and_up
+from dsopt.ops.quant import refuse_scales
 
 DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
 # one program holds a count of every expert
@@ -231,6 +232,7 @@ def moe_experts(
     shared_gate: torch.Tensor | None = None,
     shared_up: torch.Tensor | None = None,
     shared_down: torch.Tensor | None = None,
+    *_,
     chosen: Tiles | None = None,
 ) -> torch.Tensor:
     """Arguments and result as in `moe_experts_reference`; chosen: tiles to use instead of those of TILES."""
@@ -304,8 +306,10 @@ def _options(tile: Tile) -> dict[str, int]:
 
 def _check(
     x, ids, weights, w13, w2, w3=None, b13=None, b2=None, b3=None, activation="silu", gated=True,
-    interleaved=False, limit=None, shared_gate=None, shared_up=None, shared_down=None,
+    interleaved=False, limit=None, shared_gate=None, shared_up=None, shared_down=None, *scales_and_block,
 ):  # fmt: skip
+    if reason := refuse_scales(*scales_and_block[:-1]):
+        return reason
     if ids.dtype not in (torch.int32, torch.int64):
         return f"needs ids of int32 or int64, got {ids.dtype}"
     if activation not in ACTIVATIONS:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dsopt.bench.counts import count, nbytes, seen_pairs
+from dsopt.fp8 import FP8Block, quantize
 from dsopt.ops import OPS
 
 
@@ -93,3 +94,18 @@ def test_an_op_without_a_count_moves_its_arguments_and_results():
 @pytest.mark.parametrize(("x", "bytes_"), [(torch.zeros(5, 1).expand(5, 7), 20), (torch.zeros(0, 3), 0)])
 def test_expanded_and_empty_tensors(x, bytes_):
     assert nbytes(x, None) == bytes_
+
+
+def test_weights_in_fp8_are_a_byte_an_element_and_their_scales():
+    x, (w, scale) = bf16(3, 8), quantize(bf16(6, 8), FP8Block(rows=2, columns=4))
+    given = None, [scale], [2, 4]
+    assert of("multi_linear", x, [w], [None], *given) == (48 + 48 + 6 * 4 + 3 * 6 * 2, 2 * 3 * 48)
+    (w13, scale13), (w2, scale2) = (
+        quantize(bf16(*s), FP8Block(rows=2, columns=4)) for s in ((5, 12, 8), (5, 8, 6))
+    )
+    ids, weights = torch.tensor([[0, 2], [2, 2], [0, 2]]), torch.rand(3, 2)
+    plain = (None,) * 4 + ("silu", True, False, None, None, None, None)
+    moved, _ = of(
+        "moe_experts", x, ids, weights, w13, w2, *plain, scale13, scale2, None, None, None, None, [2, 4]
+    )
+    assert moved == 2 * 48 + 6 * 8 + 6 * 4 + 2 * (96 + 48 + 4 * (12 + 8))

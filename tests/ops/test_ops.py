@@ -187,9 +187,23 @@ def test_one_bias_per_weight():
 
 def test_bind_fills_in_defaults():
     x, w = torch.ones(1, 2), torch.ones(2, 2)
-    assert gated_mlp.bind((x, w, w, w)) == (x, w, w, w, None, None, None, "silu", None)
+    assert gated_mlp.bind((x, w, w, w)) == (
+        x,
+        w,
+        w,
+        w,
+        None,
+        None,
+        None,
+        "silu",
+        None,
+        None,
+        None,
+        None,
+        [128, 128],
+    )
     bound = gated_mlp.bind((x, w, w), {"w_down": w, "b_up": w[0]})
-    assert len(bound) == 9 and bound[3] is w and bound[4] is None and bound[5].shape == (2,)
+    assert len(bound) == 13 and bound[3] is w and bound[4] is None and bound[5].shape == (2,)
 
 
 def test_bind_refuses_what_the_schema_does_not_have():
