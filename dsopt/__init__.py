@@ -4,6 +4,7 @@ model.compile(backend="dsopt")      no import of dsopt needed
 fast = dsopt.compile(model)         a shallow copy whose generate runs compiled
 print(dsopt.report(fast))           what was fused, which kernels run, and why the rest is as it was
 dsopt.verify(model, inputs)         the error of every rewritten site against eager
+dsopt.LatentCache(config)           a cache of latents in FP8 for generate(past_key_values=...)
 """
 
 from pathlib import Path
@@ -24,6 +25,7 @@ __all__ = [
     "FP8Block",
     "FP8Group",
     "FP8Row",
+    "LatentCache",
     "Options",
     "VerifyError",
     "__version__",
@@ -32,3 +34,12 @@ __all__ = [
     "report",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """What needs transformers is imported where it is asked for."""
+    if name == "LatentCache":
+        from dsopt.cache import LatentCache
+
+        return LatentCache
+    raise AttributeError(f"module 'dsopt' has no attribute {name!r}")
