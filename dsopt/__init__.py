@@ -5,6 +5,8 @@ fast = dsopt.compile(model)         a shallow copy whose generate runs compiled
 print(dsopt.report(fast))           what was fused, which kernels run, and why the rest is as it was
 dsopt.verify(model, inputs)         the error of every rewritten site against eager
 dsopt.LatentCache(config)           a cache of latents in FP8 for generate(past_key_values=...)
+model = dsopt.load(folder)          a checkpoint of transformers, in FP8 where its weights are
+dsopt.save(model, folder)           and back
 """
 
 from pathlib import Path
@@ -16,12 +18,14 @@ if not (Path(__file__).parent / "passes").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
 from dsopt.backend import Options
+from dsopt.checkpoint import CheckpointError, load, save
 from dsopt.fp8 import FP8Block, FP8Group, FP8Row
 from dsopt.prepare import compile, refresh
 from dsopt.report import report
 from dsopt.verify import VerifyError, verify
 
 __all__ = [
+    "CheckpointError",
     "FP8Block",
     "FP8Group",
     "FP8Row",
@@ -30,8 +34,10 @@ __all__ = [
     "VerifyError",
     "__version__",
     "compile",
+    "load",
     "refresh",
     "report",
+    "save",
     "verify",
 ]
 

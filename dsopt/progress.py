@@ -5,11 +5,14 @@ from __future__ import annotations
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 
 
@@ -46,3 +49,24 @@ class Steps:
 
     def advance(self) -> None:
         self.progress.advance(self.task)
+
+
+class Bytes:
+    """A bar of bytes done, with speed and time left: on standard error, and only where that is a terminal."""
+
+    def __init__(self, what: str, total: int, shown: bool = True):
+        columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+        console = Console(stderr=True)
+        shown = shown and console.is_terminal
+        self.progress = Progress(*columns, TimeRemainingColumn(), console=console, disable=not shown)
+        self.task = self.progress.add_task(what, total=total)
+
+    def __enter__(self) -> Bytes:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
+
+    def advance(self, count: int) -> None:
+        self.progress.advance(self.task, count)

@@ -1,0 +1,3 @@
+import pytest
+
+pytest.importorskip("transformers", minversion="5.17")
