@@ -11,6 +11,7 @@ and `is_norm` only tell passes what their lines in the report are about.
     norm       reciprocal roots of a mean of squares
     rope       rotations by a table of cosines and sines
     mlp        linear layers over silu(a) * b or gelu(a) * b, a and b themselves projected
+    fp8        products of what is kept in float8_e4m3fn with its scales, and ops that read it so
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch.fx import GraphModule, Node
 from dsopt.capture import known
 
 aten = torch.ops.aten
-FAMILIES = ("mla", "attention", "moe", "router", "norm", "rope", "mlp")
+FAMILIES = ("mla", "attention", "moe", "router", "norm", "rope", "mlp", "fp8")
 
 
 def census(gm: GraphModule) -> dict[str, int]:
@@ -46,7 +47,21 @@ def census_sites(gm: GraphModule) -> dict[str, list[Node]]:
         "norm": [n for n in nodes if is_norm(n)],
         "rope": list(dict.fromkeys(turned)),
         "mlp": [n for n in nodes if _is_gated_linear(n)],
+        "fp8": [n for n in nodes if _reads_fp8(n)],
     }
+
+
+def _reads_fp8(node: Node) -> bool:
+    """True for an op of dsopt that is given float8_e4m3fn, and for a product with what was cast from it."""
+    if _name(node) in ("mul", "mul_"):
+        sources = [n for a in node.all_input_nodes for n in (a, *_upstream(a, _is_view))]
+    else:
+        sources = node.all_input_nodes if getattr(node.target, "namespace", "") == "dsopt" else ()
+    return any(getattr(n.meta.get("val"), "dtype", None) == torch.float8_e4m3fn for n in sources)
+
+
+def _is_view(node: Node) -> bool:
+    return _name(node) in _VIEWS
 
 
 def _name(node: Node) -> str:

@@ -19,14 +19,15 @@ from dsopt.report import KernelUse, Runs
 def fuses(gm: GraphModule) -> bool:
     """Whether a graph has an op of ours that does more than one of ATen's.
 
-    A lone linear layer does not, nor does attention that ATen's is to compute.
+    A lone linear layer does not unless its weight is in FP8, nor does attention that ATen's is to compute.
     """
     return any(_does_more(node) for node in gm.graph.nodes if node.op == "call_function")
 
 
 def _does_more(node: Node) -> bool:
     if node.target is multi_linear.overload:
-        return len(node.args[1]) > 1
+        _, weights, _, _, scales, _ = multi_linear.bind(node.args, node.kwargs)
+        return len(weights) > 1 or scales is not None
     if node.target is attention.overload:
         fakes = torch.fx.node.map_arg(attention.bind(node.args, node.kwargs), lambda n: n.meta["val"])
         return select(attention, fakes).kernel.backend not in ("torch", REFERENCE)

@@ -17,6 +17,7 @@ from dsopt.rewrite import Log, OutOfFuel
 
 PIPELINE = (
     "canonicalize",
+    "fuse_dequantize",  # before what reads weights: dequantized ones are one node then
     "fuse_absorbed_mla",
     "canonicalize_attention",
     "fuse_rope",  # before the norms: the sum in a rotation is no residual
@@ -28,6 +29,7 @@ PIPELINE = (
     "absorb_mla",
     "fuse_attention",
     "merge_linears",
+    "fold_dequantize",
     "canonicalize",
     "share_repeats",
 )
