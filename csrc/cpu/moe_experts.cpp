@@ -6,8 +6,8 @@
 // is fixed by the token alone.
 #include <math.h>
 
-#include "dsopt/dots.h"
 #include "dsopt/dtypes.h"
+#include "dsopt/gemm.h"
 #include "dsopt/kernels.h"
 #include "dsopt/math.h"
 #include "dsopt/parallel.h"
@@ -15,9 +15,12 @@
 namespace dsopt::DSOPT_VARIANT {
 namespace {
 
-// weight rows of an item of work
-constexpr int64_t kBlock = 32;
-static_assert(kBlock % kStep == 0);
+// weight rows that are computed with at once, beside few tokens and beside many: the first matrices' and the last's
+constexpr int64_t kFeatures = 32, kColumns = 64;
+constexpr int64_t kGemmBlock = round_up(32, kGemmRows);
+static_assert(kColumns <= kMaxRows && kGemmBlock <= kColumns);
+// choices of an MLP from which turning its weights pays, in a call of many tokens
+constexpr int64_t kGemmPays = 20;
 
 template <class F>
 DSOPT_INLINE Vec map(Vec x, F f) {
@@ -52,8 +55,12 @@ struct Experts {
   int64_t choices = 0;  // of routed experts; the shared one's follow
   int64_t units = 0;
   int64_t x_width, h_width;
+  bool many;             // tokens
+  int64_t block;         // features of an item of the first part
+  int64_t piece;         // columns that are computed with at once in the second part
+  int64_t columns;       // of an item of it
   int64_t shared_blocks = 0, routed_blocks = 0;
-  int64_t columns;  // of an item of the second part
+  int64_t sums_size, private_size;  // floats
   int threads;
 
   Unit* unit;
@@ -65,18 +72,24 @@ struct Experts {
 
   explicit Experts(const MoeExperts& args) : a(args) {
     const int64_t most = a.tokens * a.topk + (a.shared.intermediate ? a.tokens : 0);
-    x_width = packed_width(a.hidden);
-    h_width = packed_width(max(a.routed.intermediate, a.shared.intermediate));
-    // wide blocks read the activations less often
-    columns = most >= 64 ? 4 * kBlock : kBlock;
+    x_width = token_stride<T>(a.hidden);
+    h_width = token_stride<T>(max(a.routed.intermediate, a.shared.intermediate));
     threads = team_size(3 * a.hidden * (a.tokens * a.topk * a.routed.intermediate + a.tokens * a.shared.intermediate));
+
+    many = a.tokens >= kGemmLeast;
+    block = many ? kGemmBlock : kFeatures;
+    piece = many ? kGemmBlock : kColumns;
+    // wide items read the activations less often
+    columns = many ? 2 * piece : piece;
+    sums_size = round_up(a.tokens * columns, 16);
+    private_size = sums_size + (many ? kGemmPanel + 2 * min(most, kGemmMost) * kColumns : 0);
 
     const auto bytes = [](int64_t count, int64_t size) { return round_up(count * size, 64); };
     const int64_t units_bytes = bytes(a.num_experts + 1, sizeof(Unit));
     const int64_t token_bytes = bytes(most, sizeof(int64_t)), weight_bytes = bytes(most, sizeof(float));
     const int64_t x_bytes = bytes(a.tokens * x_width, sizeof(Element));
     const int64_t h_bytes = bytes(most * h_width, sizeof(Element));
-    const int64_t private_bytes = bytes(a.tokens * columns, sizeof(float));
+    const int64_t private_bytes = bytes(private_size, sizeof(float));
     char* at = static_cast<char*>(scratch(static_cast<unsigned long>(
         units_bytes + token_bytes + weight_bytes + x_bytes + h_bytes + threads * private_bytes)));
     const auto take = [&](int64_t size) { return (at += size) - size; };
@@ -117,12 +130,12 @@ struct Experts {
     for (int64_t e = 0; e < a.num_experts; ++e) {
       if (unit[e].count) unit[units++] = unit[e];
     }
-    routed_blocks = (a.routed.intermediate + kBlock - 1) / kBlock;
+    routed_blocks = (a.routed.intermediate + block - 1) / block;
     if (!a.shared.intermediate) return;
     for (int64_t u = units++; u > 0; --u) unit[u] = unit[u - 1];
     unit[0] = {&a.shared, 0, choices, a.tokens};
     for (int64_t t = 0; t < a.tokens; ++t) token[choices + t] = t, weight[choices + t] = 1.0f;
-    shared_blocks = (a.shared.intermediate + kBlock - 1) / kBlock;
+    shared_blocks = (a.shared.intermediate + block - 1) / block;
   }
 
   // rows from `first` on of one matrix of a stack, or elements of one vector
@@ -136,34 +149,52 @@ struct Experts {
     for (int64_t i = 0; i < n; ++i) values[i] += to_float(b.data[i * b.stride]);
   }
 
+  // y[i] = w @ operand(i) for `count` operands and n <= kColumns rows; y[i] are kColumns apart
+  template <class F>
+  void product(const Rows<T>& w, int64_t n, int64_t k, int64_t count, F operand, float* panel, float* y) const {
+    const Element* operands[kGemmMost];
+    for (int64_t i = 0; i < count; ++i) operands[i] = operand(i);
+    if (count <= kTileTokens) return dot_rows(w, n, operands, count, k, y, kColumns);
+    for (int64_t r = 0; r < n; r += kGemmRows) {
+      gemm_rows(w.from(r), min(kGemmRows, n - r), operands, count, k, panel, y + r, kColumns);
+    }
+  }
+
+  // choices of a unit that are computed with at once
+  int64_t at_once(const Unit& u, int64_t left) const {
+    return part(left, many && u.count >= kGemmPays ? kGemmMost : kTileTokens);
+  }
+
   // h[choices] of `n` intermediate features from `first` on
-  void intermediate(const Unit& u, int64_t first) const {
+  void intermediate(const Unit& u, int64_t first, float* memory) const {
     const Mlps& m = *u.mlps;
-    const int64_t n = min(kBlock, m.intermediate - first);
+    const int64_t n = min(block, m.intermediate - first);
     const Rows<T> gate = rows(m.gate, u.index, first), up = rows(m.up, u.index, first);
-    for (int64_t c = u.first; c < u.first + u.count; c += kTileTokens) {
-      const int64_t count = min(kTileTokens, u.first + u.count - c);
-      const Element* tokens[kTileTokens];
-      for (int64_t i = 0; i < count; ++i) tokens[i] = x + token[c + i] * x_width;
-      // zeros behind the last feature: what is packed there meets weights that are none
-      float g[kTileTokens][kBlock] = {}, v[kTileTokens][kBlock] = {};
-      dot_rows(gate, n, tokens, count, a.hidden, &g[0][0], kBlock);
-      if (m.up.data) dot_rows(up, n, tokens, count, a.hidden, &v[0][0], kBlock);
-      for (int64_t i = 0; i < count; ++i) {
-        add_bias(m.gate_bias, u.index, first, n, g[i]);
-        if (m.up.data) add_bias(m.up_bias, u.index, first, n, v[i]);
-        activate_block(m, g[i], v[i], n);
+    float few[2][kTileTokens * kColumns];
+    float* panel = memory + sums_size;
+    for (int64_t c = u.first, count; c < u.first + u.count; c += count) {
+      count = at_once(u, u.first + u.count - c);
+      float* g = count > kTileTokens ? panel + kGemmPanel : few[0];
+      float* v = count > kTileTokens ? g + count * kColumns : few[1];
+      const auto tokens = [&](int64_t i) { return x + token[c + i] * x_width; };
+      product(gate, n, a.hidden, count, tokens, panel, g);
+      if (m.up.data) product(up, n, a.hidden, count, tokens, panel, v);
+      for (int64_t i = 0; i < count; ++i, g += kColumns, v += kColumns) {
+        add_bias(m.gate_bias, u.index, first, n, g);
+        if (m.up.data) add_bias(m.up_bias, u.index, first, n, v);
+        activate_block(m, g, v, n);
         Element* to = h + (c + i) * h_width;
-        for (int64_t j = 0; j < min(kBlock, packed_width(m.intermediate) - first); ++j) {
-          store(to + Packing<T>::place(first + j), g[i][j]);
-        }
+        for (int64_t j = 0; j < n; ++j) store(to + Packing<T>::place(first + j), g[j]);
+        if (first + n < m.intermediate) continue;
+        // what is packed behind the last feature meets weights that are none
+        for (int64_t j = first + n; j < packed_width(m.intermediate); ++j) store(to + Packing<T>::place(j), 0.0f);
       }
     }
   }
 
-  // g = act(g) * v for the first n of a block, zeros behind
+  // g = act(g) * v for the first n of a block
   static void activate_block(const Mlps& m, float* g, const float* v, int64_t n) {
-    for (int64_t j = 0; j < kBlock; j += kLanes) {
+    for (int64_t j = 0; j < n; j += kLanes) {
       Vec gate = load(g + j), up = load(v + j);
       if (m.up.data) {
         const Vec limit = splat(m.limit);
@@ -175,15 +206,15 @@ struct Experts {
         store(g + j, activate(gate, m.activation));
       }
     }
-    for (int64_t j = n; j < kBlock; ++j) g[j] = 0.0f;
   }
 
-  // out[:, first : first + columns], sums in `acc` (tokens x columns)
-  void output(int64_t first, float* acc) const {
+  // out[:, first : first + columns]
+  void output(int64_t first, float* memory) const {
     const int64_t n = min(columns, a.out_hidden - first);
+    float* acc = memory;
     for (int64_t i = 0; i < a.tokens * columns; ++i) acc[i] = 0.0f;
     for (int64_t i = 0; i < units; ++i) {
-      for (int64_t at = 0; at < n; at += kBlock) add_unit(unit[i], first + at, min(kBlock, n - at), acc + at);
+      for (int64_t at = 0; at < n; at += piece) add_unit(unit[i], first + at, min(piece, n - at), acc + at, memory);
     }
     for (int64_t t = 0; t < a.tokens; ++t) {
       T* out = static_cast<T*>(a.out) + t * a.out_hidden + first;
@@ -194,21 +225,22 @@ struct Experts {
     }
   }
 
-  // adds what a unit gives to n <= kBlock columns from `first` on
-  void add_unit(const Unit& u, int64_t first, int64_t n, float* acc) const {
+  // adds what a unit gives to n <= kColumns columns from `first` on
+  void add_unit(const Unit& u, int64_t first, int64_t n, float* acc, float* memory) const {
     const Mlps& m = *u.mlps;
     const Rows<T> down = rows(m.down, u.index, first);
-    for (int64_t c = u.first; c < u.first + u.count; c += kTileTokens) {
-      const int64_t count = min(kTileTokens, u.first + u.count - c);
-      const Element* hidden[kTileTokens];
-      for (int64_t i = 0; i < count; ++i) hidden[i] = h + (c + i) * h_width;
-      float y[kTileTokens][kBlock] = {};
-      dot_rows(down, n, hidden, count, m.intermediate, &y[0][0], kBlock);
-      for (int64_t i = 0; i < count; ++i) {
-        add_bias(m.down_bias, u.index, first, n, y[i]);
+    float few[kTileTokens * kColumns];
+    float* panel = memory + sums_size;
+    for (int64_t c = u.first, count; c < u.first + u.count; c += count) {
+      count = at_once(u, u.first + u.count - c);
+      float* y = count > kTileTokens ? panel + kGemmPanel : few;
+      const auto hidden = [&](int64_t i) { return h + (c + i) * h_width; };
+      product(down, n, m.intermediate, count, hidden, panel, y);
+      for (int64_t i = 0; i < count; ++i, y += kColumns) {
+        add_bias(m.down_bias, u.index, first, n, y);
         float* to = acc + token[c + i] * columns;
         const Vec w = splat(weight[c + i]);
-        for (int64_t j = 0; j < kBlock; j += kLanes) store(to + j, madd(load(y[i] + j), w, load(to + j)));
+        for (int64_t j = 0; j < n; j += kLanes) store(to + j, madd(load(y + j), w, load(to + j)));
       }
     }
   }
@@ -222,14 +254,14 @@ struct Experts {
     {
       packing.run([&](int64_t t) { pack(static_cast<const T*>(a.x) + t * a.x_stride, a.hidden, x + t * x_width); });
       packing.wait();
+      float* memory = private_memory + thread_index() * round_up(private_size, 16);
       features.run([&](int64_t i) {
-        if (i < shared_blocks) return intermediate(unit[0], i * kBlock);
+        if (i < shared_blocks) return intermediate(unit[0], i * block, memory);
         i -= shared_blocks;
-        intermediate(unit[shared_units + i / routed_blocks], i % routed_blocks * kBlock);
+        intermediate(unit[shared_units + i / routed_blocks], i % routed_blocks * block, memory);
       });
       features.wait();
-      float* acc = private_memory + thread_index() * round_up(a.tokens * columns, 16);
-      outputs.run([&](int64_t i) { output(i * columns, acc); });
+      outputs.run([&](int64_t i) { output(i * columns, memory); });
     }
   }
 };

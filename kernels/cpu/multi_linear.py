@@ -1,7 +1,8 @@
 """Native sibling projections: one sweep over the rows of all weights, in their stored layout.
 
-Sums are in float32 and in an order that does not depend on the number of tokens or threads. For many tokens, where a
-product is no longer bound by reading the weights, ATen's GEMM takes over where it is the faster of the two.
+Sums are in float32 and in an order that does not depend on the number of threads, nor on that of up to 64 tokens. For
+many tokens, where a product is no longer bound by reading the weights, ATen's GEMM takes over where this processor has
+instructions for products of the dtype.
 """
 
 from __future__ import annotations
@@ -17,15 +18,14 @@ from dsopt.kernels.torch.multi_linear import multi_linear as aten
 from dsopt.op import Kernel
 from dsopt.ops.quant import refuse_scales
 
-# Tokens from which ATen's GEMM is the faster, as measured by benchmarks/bench_linear.py on an AVX-512 chip without
-# bfloat16 products, where ATen must widen the weights. More than 64, so that the answers to a few new tokens do not
-# depend on the batch they come in.
-MANY_TOKENS = {dtype: 192 if is_slow(dtype) else 72 for dtype in DTYPES}
+# Tokens from which ATen's GEMM is the faster, as measured by benchmarks/bench_linear.py on an AVX-512 chip. More than
+# 64, so that the answers to a few new tokens do not depend on the batch they come in.
+MANY_TOKENS = 72
 
 
 def many_tokens(x: torch.Tensor) -> bool:
-    """Whether x (..., hidden) has so many tokens that ATen's GEMM is the faster one."""
-    return x.numel() >= MANY_TOKENS[x.dtype] * x.shape[-1] > 0
+    """Whether x (..., hidden) has so many tokens that ATen's GEMM is the faster one; never where it must widen."""
+    return not is_slow(x.dtype) and x.numel() >= MANY_TOKENS * x.shape[-1] > 0
 
 
 def native(

@@ -92,8 +92,8 @@ def test_a_row_of_a_linear_layer_has_the_same_bits_in_any_company(dtype, isa, th
 
 @each_dtype
 def test_a_token_has_the_same_bits_in_any_company(dtype, isa, threads):
-    """Through experts and a dense MLP, whoever else chose the same experts."""
-    x, ids, weights, w13, w2 = experts_case(dtype, 90)
+    """Through experts and a dense MLP, whoever else chose the same experts, up to 64 tokens."""
+    x, ids, weights, w13, w2 = experts_case(dtype, 64)
     r = rand(CPU, dtype, 5)
     shared = [r(40, 70) * 0.1, r(40, 70) * 0.1, r(70, 40) * 0.1]
 
@@ -104,13 +104,13 @@ def test_a_token_has_the_same_bits_in_any_company(dtype, isa, threads):
         return routed, both, mlp_kernel.gated_mlp(x[rows][:16], *shared)
 
     threads(1)
-    want = run(slice(0, 90))
-    for rows in (slice(0, 1), slice(0, 3), slice(0, 16), slice(0, 65)):
+    want = run(slice(0, 64))
+    for rows in (slice(0, 1), slice(0, 3), slice(0, 16), slice(0, 40)):
         for y, whole in zip(run(rows), want, strict=True):
             assert torch.equal(y, whole[: len(y)])
     threads(2)
     for _ in range(3):
-        for y, whole in zip(run(slice(0, 90)), want, strict=True):
+        for y, whole in zip(run(slice(0, 64)), want, strict=True):
             assert torch.equal(y, whole)
 
 
@@ -148,13 +148,53 @@ def test_one_spoilt_token_spoils_no_other(isa):
 
 @each_dtype
 def test_many_tokens_of_a_linear_layer(dtype, isa):
-    """Beyond the number from which another GEMM takes over, and at it."""
+    """Around the numbers of tokens where weights are turned first, where ATen may take over, and where a call is parted."""
     r = rand(CPU, dtype)
-    w = [r(24, 40) * 40**-0.5, r(7, 40)]
-    for tokens in (linear_kernel.MANY_TOKENS[dtype] - 1, linear_kernel.MANY_TOKENS[dtype], 260):
-        args = r(tokens, 40), w, [r(24), None]
-        for mine, want in zip(linear_kernel.multi_linear(*args), truth(multi_linear, args), strict=True):
-            assert relative_l2(mine, want) <= multi_linear.tolerance[dtype]
+    for tokens, k in ((64, 40), (65, 40), (71, 33), (72, 40), (100, 2), (260, 4101), (513, 40), (1030, 16)):
+        w = [r(24, k) * k**-0.5, r(7, k) * k**-0.5, r(131, 2 * k)[:, ::2].contiguous() * k**-0.5, r(1, k)]
+        args = r(tokens, 2, k)[:, 1], w, [r(24), None, None, r(1)]
+        want = truth(multi_linear, args)
+        for fn in (linear_kernel.multi_linear, linear_kernel.native):
+            with poisoned():
+                got = fn(*args)
+            for mine, true in zip(got, want, strict=True):
+                assert relative_l2(mine, true) <= multi_linear.tolerance[dtype], (tokens, k)
+
+
+@each_dtype
+def test_many_tokens_of_experts(dtype, isa):
+    """Experts that many, some and few of many tokens chose, beside a shared one; widths that are no whole panels."""
+    for tokens, size in (
+        (70, {"hidden": 70, "inner": 50, "experts": 3, "topk": 2}),
+        (65, {"hidden": 33, "inner": 47, "experts": 2, "topk": 1}),
+        (90, {"hidden": 2056, "inner": 49, "experts": 5, "topk": 2}),
+        (520, {"hidden": 40, "inner": 97, "experts": 4, "topk": 2}),
+    ):
+        x, ids, weights, w13, w2 = experts_case(dtype, tokens, **size)
+        ids[: tokens // 2] = 0
+        r = rand(CPU, dtype, seed=3)
+        shared = [r(51, size["hidden"]) * 0.1, r(51, size["hidden"]) * 0.1, r(w2.shape[1], 51) * 0.1]
+        args = moe_experts.bind(
+            (
+                x,
+                ids,
+                weights,
+                w13,
+                w2,
+                None,
+                None,
+                r(w2.shape[0], w2.shape[1]),
+                None,
+                "silu",
+                True,
+                False,
+                None,
+                *shared,
+            )
+        )
+        with poisoned():
+            got = experts_kernel.moe_experts(*args)
+        assert relative_l2(got, truth(moe_experts, args)[0]) <= moe_experts.tolerance[dtype], (tokens, size)
 
 
 def test_refusals():

@@ -56,7 +56,7 @@ def test_samples(op, dtype, isa, poisoned):
             assert_right(op, kernel.plan(*args), args)
             taken += 1
         else:
-            assert "dense" in reason, reason
+            assert "dense" in reason or "FP8" in reason, reason
     assert taken
 
 

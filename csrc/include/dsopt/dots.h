@@ -22,7 +22,7 @@ template <class T>
 struct Packing {
   using Element = float;
   static constexpr int kParts = 2;
-  static DSOPT_INLINE int64_t place(int64_t i) { return i; }
+  static constexpr int64_t place(int64_t i) { return i; }
   static DSOPT_INLINE Vec weights(const T* w, int part) { return load(w + part * kLanes); }
   static DSOPT_INLINE Vec step(Vec w, const float* x, Vec acc) { return madd(w, load(x), acc); }
 };
@@ -32,7 +32,7 @@ template <>
 struct Packing<Bf16> {
   using Element = Bf16;
   static constexpr int kParts = 1;
-  static DSOPT_INLINE int64_t place(int64_t i) { return i; }
+  static constexpr int64_t place(int64_t i) { return i; }
   static DSOPT_INLINE __m512bh weights(const Bf16* w, int) {
     __m512bh v;
     __builtin_memcpy(&v, w, sizeof v);
@@ -47,7 +47,7 @@ template <>
 struct Packing<Bf16> {
   using Element = float;
   static constexpr int kParts = 2;
-  static DSOPT_INLINE int64_t place(int64_t i) { return i / kStep * kStep + i % 2 * kLanes + i % kStep / 2; }
+  static constexpr int64_t place(int64_t i) { return i / kStep * kStep + i % 2 * kLanes + i % kStep / 2; }
   static DSOPT_INLINE Vec weights(const Bf16* w, int part) {
     VecU v;
     __builtin_memcpy(&v, w, sizeof v);
@@ -59,6 +59,14 @@ struct Packing<Bf16> {
 
 // Elements of a packed token of width k.
 constexpr int64_t packed_width(int64_t k) { return (k + kStep - 1) / kStep * kStep; }
+
+// Elements from one packed token of width k to the next: an odd number of cache lines, so that the tokens of a tile do
+// not meet in the same sets of the first-level cache.
+template <class T>
+constexpr int64_t token_stride(int64_t k) {
+  constexpr int64_t line = 64 / sizeof(typename Packing<T>::Element);
+  return ((packed_width(k) + line - 1) / line | 1) * line;
+}
 
 // x (k elements of dtype T) as a packed token of packed_width(k) elements
 template <class T>
@@ -88,12 +96,26 @@ struct Rows {
   DSOPT_INLINE Rows from(int64_t r) const { return {data + r * stride, stride}; }
 };
 
-// out[t * out_stride + r] = <w[r], x[t]> for r < ROWS, t < TOKENS; w[r] are k long, x[t] packed.
+// Which rows of a block are taken together, as streams through memory: `step` rows apart, while `ahead` elements
+// further on lies what each stream needs next.
+struct Streams {
+  int64_t step, ahead;
+};
+
+// Rows much shorter than a page are too short for the processor's own prefetching, which starts anew with each: streams
+// that go on into the next row are as long as several.
+template <class T>
+DSOPT_INLINE Streams streams(Rows<T> w, int64_t tiles, int tile, int64_t k) {
+  const bool is_short = tiles > 1 && k * static_cast<int64_t>(sizeof(T)) <= 3072;
+  return is_short ? Streams{tiles, w.stride} : Streams{1, tile * w.stride};
+}
+
+// out[t * out_stride + r * by.step] = <w[r * by.step], x[t]> for r < ROWS, t < TOKENS; w[r] are k long, x[t] packed.
 // Only elements first .. last are taken; the sums so far come from and go to `sums` unless they are the first
 // and the last ones.
 template <int ROWS, int TOKENS, class T>
 DSOPT_INLINE void dot_block(Rows<T> w, const typename Packing<T>::Element* const* x, int64_t first, int64_t last,
-                            int64_t k, Vec* sums, float* out, int64_t out_stride) {
+                            int64_t k, Vec* sums, float* out, int64_t out_stride, Streams by) {
   using P = Packing<T>;
   Vec acc[ROWS][TOKENS];
   if (first == 0) {
@@ -112,11 +134,10 @@ DSOPT_INLINE void dot_block(Rows<T> w, const typename Packing<T>::Element* const
   const T* row[ROWS];
   const typename P::Element* token[TOKENS];
   DSOPT_UNROLL
-  for (int r = 0; r < ROWS; ++r) row[r] = w.data + r * w.stride + first;
+  for (int r = 0; r < ROWS; ++r) row[r] = w.data + r * by.step * w.stride + first;
   DSOPT_UNROLL
   for (int t = 0; t < TOKENS; ++t) token[t] = x[t];
 
-  const int64_t ahead = ROWS * w.stride;
   // from: where each row's next kStep weights lie
   const auto step = [&](const T* const* from, int64_t at) __attribute__((always_inline)) {
     DSOPT_UNROLL
@@ -135,7 +156,9 @@ DSOPT_INLINE void dot_block(Rows<T> w, const typename Packing<T>::Element* const
   for (; at + kStep <= last; at += kStep) {
     DSOPT_UNROLL
     for (int r = 0; r < ROWS; ++r) {
-      for (int64_t line = 0; line < kStep; line += 64 / sizeof(T)) __builtin_prefetch(row[r] + ahead + line);
+      for (int64_t line = 0; line < kStep; line += 64 / sizeof(T)) {
+        __builtin_prefetch(row[r] + by.ahead + line);
+      }
     }
     step(row, at);
     DSOPT_UNROLL
@@ -166,11 +189,13 @@ DSOPT_INLINE void dot_block(Rows<T> w, const typename Packing<T>::Element* const
       for (int r = 0; r < ROWS; r += 4) {
         Vec four = add_pairs(add_pairs(acc[r][t], acc[r + 1][t]), add_pairs(acc[r + 2][t], acc[r + 3][t]));
         for (int n = kLanes; n > 4; n /= 2) four = add_pairs(four, four);
-        __builtin_memcpy(out + t * out_stride + r, &four, 4 * sizeof(float));
+        float part[4];
+        __builtin_memcpy(part, &four, sizeof part);
+        for (int i = 0; i < 4; ++i) out[t * out_stride + (r + i) * by.step] = part[i];
       }
     } else {
       DSOPT_UNROLL
-      for (int r = 0; r < ROWS; ++r) out[t * out_stride + r] = sum(acc[r][t]);
+      for (int r = 0; r < ROWS; ++r) out[t * out_stride + r * by.step] = sum(acc[r][t]);
     }
   }
 }
@@ -183,13 +208,15 @@ constexpr int64_t kDepth = 1024;
 template <int TOKENS, class T>
 void dot_tile_rows(Rows<T> w, int64_t rows, const typename Packing<T>::Element* const* x, int64_t k, float* out,
                    int64_t out_stride) {
-  constexpr int tile = kRowsOfMany * TOKENS;
-  Vec sums[kMaxRows / kRowsOfMany * tile];
+  constexpr int size = kRowsOfMany * TOKENS;
+  Vec sums[kMaxRows / kRowsOfMany * size];
+  const int64_t tiles = rows / kRowsOfMany;
+  const Streams by = streams(w, tiles, kRowsOfMany, k);
+  const int64_t next = by.step == 1 ? kRowsOfMany : 1;
   for (int64_t first = 0; first == 0 || first < k; first += kDepth) {
     const int64_t last = min(k, first + kDepth);
-    Vec* at = sums;
-    for (int64_t r = 0; r + kRowsOfMany <= rows; r += kRowsOfMany, at += tile) {
-      dot_block<kRowsOfMany, TOKENS>(w.from(r), x, first, last, k, at, out + r, out_stride);
+    for (int64_t i = 0; i < tiles; ++i) {
+      dot_block<kRowsOfMany, TOKENS>(w.from(i * next), x, first, last, k, sums + i * size, out + i * next, out_stride, by);
     }
   }
 }
@@ -200,11 +227,15 @@ void dot_rows(Rows<T> w, int64_t rows, const typename Packing<T>::Element* const
               float* out, int64_t out_stride) {
   static_assert(kTileTokens == (kLanes == 16 ? 6 : 2), "one case each");
   switch (tokens) {
-    case 1:
-      for (int64_t r = 0; r + kRowsOfOne <= rows; r += kRowsOfOne) {
-        dot_block<kRowsOfOne, 1>(w.from(r), x, 0, k, k, nullptr, out + r, out_stride);
+    case 1: {
+      const int64_t tiles = rows / kRowsOfOne;
+      const Streams by = streams(w, tiles, kRowsOfOne, k);
+      const int64_t next = by.step == 1 ? kRowsOfOne : 1;
+      for (int64_t i = 0; i < tiles; ++i) {
+        dot_block<kRowsOfOne, 1>(w.from(i * next), x, 0, k, k, nullptr, out + i * next, out_stride, by);
       }
       break;
+    }
     case 2: dot_tile_rows<2>(w, rows, x, k, out, out_stride); break;
 #if defined(__AVX512F__)
     case 3: dot_tile_rows<3>(w, rows, x, k, out, out_stride); break;
@@ -216,7 +247,7 @@ void dot_rows(Rows<T> w, int64_t rows, const typename Packing<T>::Element* const
   const int64_t tile = tokens == 1 ? kRowsOfOne : kRowsOfMany;
   for (int64_t r = rows / tile * tile; r < rows; ++r) {
     for (int64_t t = 0; t < tokens; ++t) {
-      dot_block<1, 1>(w.from(r), x + t, 0, k, k, nullptr, out + t * out_stride + r, out_stride);
+      dot_block<1, 1>(w.from(r), x + t, 0, k, k, nullptr, out + t * out_stride + r, out_stride, {1, w.stride});
     }
   }
 }

@@ -70,7 +70,7 @@ DSOPT_INLINE Vec max(Vec a, Vec b) {
 DSOPT_INLINE float max(float a, float b) { return a > b ? a : b; }
 DSOPT_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 DSOPT_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-DSOPT_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // a * b + c. Compiled with -ffp-contract=off and this in every place where it counts: left to itself the
 // compiler picks which of two products is fused, and may pick differently in two copies of one function.
