@@ -20,6 +20,7 @@ if not (Path(__file__).parent / "passes").is_dir():
 from dsopt.backend import Options
 from dsopt.checkpoint import CheckpointError, load, save
 from dsopt.fp8 import FP8Block, FP8Group, FP8Row
+from dsopt.fp8.convert import quantize_
 from dsopt.prepare import compile, refresh
 from dsopt.report import report
 from dsopt.verify import VerifyError, verify
@@ -35,6 +36,7 @@ __all__ = [
     "__version__",
     "compile",
     "load",
+    "quantize_",
     "refresh",
     "report",
     "save",

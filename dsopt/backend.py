@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 from dsopt.capture import capture, eager, guard_count, inductor, unsupported
 from dsopt.census import census_sites
 from dsopt.explain import ran
+from dsopt.fp8 import FP8Block
 from dsopt.graphcache import Entry
 from dsopt.lower import fuses, lower
 from dsopt.op import backends, disabled_backends
@@ -39,6 +40,8 @@ class Options:
     replay: make the native calls of a graph of fixed shapes again by address, see `dsopt.replay`.
     prepare: let `dsopt.compile` batch Python loops over experts, see there. torch.compile alone cannot: it has
         traced the loop by the time a backend is called.
+    fp8: let `dsopt.compile` quantize the copy that it makes, True for FP8Block(), see there. For torch.compile, which
+        sees weights only once they are traced, this is an error; call `dsopt.quantize_` on the model first.
     """
 
     kernels: Mapping[str, str] = field(default_factory=dict)
@@ -47,11 +50,13 @@ class Options:
     strict: bool = False
     replay: bool = True
     prepare: bool = True
+    fp8: bool | FP8Block = False
 
     def __post_init__(self):
         _typed("kernels", self.kernels, Mapping, "a mapping of op names to backends")
         for name in ("strict", "replay", "prepare"):
             _typed(name, getattr(self, name), bool, "True or False")
+        _typed("fp8", self.fp8, (bool, FP8Block), "True, False or an FP8Block")
         if self.passes is not None:
             wanted = "a sequence of pass names or None"
             _typed("passes", self.passes, Sequence, wanted)
@@ -83,7 +88,7 @@ class Options:
         return {op: self.kernels.get(op, default) for op in OPS if self.kernels.get(op, default) is not None}
 
 
-def _typed(name: str, given: object, accepted: type, wanted: str) -> None:
+def _typed(name: str, given: object, accepted: type | tuple[type, ...], wanted: str) -> None:
     if not isinstance(given, accepted):
         raise TypeError(f"{name} must be {wanted}, got {given!r}")
 
@@ -124,6 +129,10 @@ def dsopt_backend(
     report says why.
     """
     choices = Options.of(options)
+    if choices.fp8:
+        raise ValueError(
+            "fp8 is an option of dsopt.compile; for torch.compile call dsopt.quantize_(model) first"
+        )
     if mode is not None:
         _among("mode", mode, MODES)
     check_environment()  # a misspelt DSOPT_DISABLE is the user's to know, not a reason to fall back

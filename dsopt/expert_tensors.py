@@ -135,6 +135,22 @@ def batch_tensors(owner: nn.Module, known: dict) -> nn.Module:
 
     known: what was found for modules of the same class, shapes and settings; added to. Raises Refused.
     """
+    call, layout, width = layout_of(owner, known)
+    parameters = list(owner.parameters())
+    batched = copy.copy(owner)
+    vars(batched).update(dsopt_stacks=AsTheyLie(), dsopt_weights=parameters)
+    batched.forward = types.MethodType(inference_only(_run(call, layout), 3), batched)
+    num_ids = layout.num_experts + layout.num_identity
+    compare(owner, batched, partial(inputs, call, parameters[0], width, num_ids))
+    return batched
+
+
+@torch.no_grad()
+def layout_of(owner: nn.Module, known: dict) -> tuple[Given, Layout, int]:
+    """How a module is called, how its parameters are read, and the width of x; known and Refused as above.
+
+    What its experts compute is tried on random weights that they share, not which of them an id stands for.
+    """
     if owner.training:
         raise Refused("it is in training mode; call eval() first")
     if "forward" in vars(owner):
@@ -148,13 +164,7 @@ def batch_tensors(owner: nn.Module, known: dict) -> nn.Module:
     key += tuple(type(m) for m in owner.modules())
     if key not in known:
         known[key] = _try_all(owner)
-    call, layout, width = known[key]
-    batched = copy.copy(owner)
-    vars(batched).update(dsopt_stacks=AsTheyLie(), dsopt_weights=parameters)
-    batched.forward = types.MethodType(inference_only(_run(call, layout), 3), batched)
-    num_ids = layout.num_experts + layout.num_identity
-    compare(owner, batched, partial(inputs, call, parameters[0], width, num_ids))
-    return batched
+    return known[key]
 
 
 class AsTheyLie:

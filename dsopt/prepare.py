@@ -13,6 +13,8 @@ from dsopt.backend import Options, dsopt_backend
 from dsopt.expert_form import Refused, Stacks
 from dsopt.expert_loops import batch_loop, experts_of
 from dsopt.expert_tensors import batch_tensors, is_loop
+from dsopt.fp8 import FP8Block
+from dsopt.fp8.convert import SKIP, plan
 from dsopt.report import Prepared, report
 
 Module = TypeVar("Module", bound=torch.nn.Module)
@@ -35,14 +37,22 @@ def compile(model: Module, **options: Any) -> Module:
     train(), hooks and new submodules of one are then not the other's. With gradients enabled, or in training
     mode, the copy runs the loop.
 
+    With fp8=True, or an FP8Block for other blocks or scales, the copy's linears and experts are quantized as
+    `dsopt.quantize_` would, whose errors may be raised, with its own list of what stays wide. The model given keeps its
+    weights, so that memory holds both until it is freed: `model = dsopt.compile(model, fp8=True)`, where nothing else
+    refers to it. What was quantized is shared no more: training or loading of one does not show in the other. Where
+    memory is short, `dsopt.quantize_` replaces the weights one by one before the model is compiled.
+
     options: fields of `dsopt.Options`. Raises ValueError naming what is known for an unknown option, op,
     backend or pass, and TypeError for one of another type or if `model` is no module; nothing is changed then.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     choices = Options.of(options)
-    prepared, new, stacks = prepare(model, choices.strict) if choices.prepare else ([], {}, {})
-    fast = _with(model, new)
+    options.pop("fp8", None)
+    source = _quantized(model, choices.fp8) if choices.fp8 else model
+    prepared, new, stacks = prepare(source, choices.strict) if choices.prepare else ([], {}, {})
+    fast = _with(source, new)
     fast = copy.copy(model) if fast is model else fast
     for name, value in vars(model).items():
         if name.startswith(("_forward_", "_backward_")) and "hooks" in name and isinstance(value, dict):
@@ -58,6 +68,18 @@ def compile(model: Module, **options: Any) -> Module:
             # transformers compiles by itself on accelerators, with Inductor unless told otherwise
             fast.generation_config.compile_config = compile_config(**options)
     return fast
+
+
+def _quantized(model: Module, fp8: bool | FP8Block) -> Module:
+    """The model with modules in FP8 in the places of its own: a shallow copy. Errors as of `dsopt.quantize_`."""
+    with torch.inference_mode(False), torch.no_grad():
+        jobs = plan(model, FP8Block() if fp8 is True else fp8, SKIP, {})
+        for path in (path for job in jobs for path in job.paths):
+            try:
+                _check_chain(model, path)
+            except Refused as reason:
+                raise ValueError(f"cannot quantize {path} in a copy: {reason}") from None
+        return _with(model, {id(job.module): job.make() for job in jobs})
 
 
 def prepare(
@@ -151,6 +173,7 @@ def compile_config(**options: Any):
     from transformers import CompileConfig
 
     Options.of(options)
+    options.pop("fp8", None)  # what it compiles was quantized before
     return CompileConfig(backend="dsopt", mode=None, fullgraph=False, dynamic=None, options=options or None)
 
 
