@@ -81,14 +81,15 @@ _MOVES = _VIEWS | frozenset(
     "cat stack index_copy_ index_copy copy_ index_put_ index_put slice_scatter".split()
 )
 _NORMS = frozenset("mul div rsqrt sqrt pow square mean layer_norm native_layer_norm rms_norm".split())
+_QUANTIZES = frozenset("clamp dequantize".split())
 _LINEARS = frozenset("linear matmul mm addmm".split())
 _SCORES = ("softmax", "_softmax", "sigmoid", "softplus")
 _BUFFERS = frozenset("new_empty new_zeros empty zeros empty_like zeros_like".split())
 
 
 def _sources(node: Node) -> Iterator[Node]:
-    """What a node's data comes from: its inputs, or what was written into views of it if it is a fresh buffer."""
-    if _name(node) not in _BUFFERS:
+    """What a node's data comes from: its inputs, or what was written into views of it if it is a buffer."""
+    if _name(node) not in _BUFFERS and node.op != "placeholder":
         yield from node.all_input_nodes
         return
     for user in node.users:
@@ -111,12 +112,17 @@ def _upstream(node: Node, through: Callable[[Node], bool]) -> Iterator[Node]:
 
 
 def _is_move(node: Node) -> bool:
-    return _name(node) in _MOVES or _name(node) in _BUFFERS
+    return _name(node) in _MOVES or _name(node) in _BUFFERS or node.op == "placeholder"
 
 
 def _is_move_or_norm(node: Node) -> bool:
     tensors = [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), torch.Tensor)]
-    return _is_move(node) or _name(node) in _NORMS or (_name(node) == "add" and len(tensors) == 1)
+    return (
+        _is_move(node)
+        or _name(node) in _NORMS
+        or _name(node) in _QUANTIZES
+        or (_name(node) == "add" and len(tensors) == 1)
+    )
 
 
 def _attention_keys(node: Node) -> Iterator[Node]:

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 import dsopt
 from dsopt.backend import dsopt_backend
 from dsopt.census import FAMILIES, census
+from dsopt.fp8 import FP8Block, quantize
 from dsopt.testing import rewritten
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -229,3 +230,21 @@ def test_totals_do_not_depend_on_the_passes():
     with torch.no_grad():
         torch.compile(model, backend=dsopt_backend)(X)
     assert dsopt.report(model).matched == {f: [n, n] for f, (_, n) in expected.items()}
+
+
+def test_what_is_kept_in_fp8():
+    w, s = quantize(torch.randn(32, 16), FP8Block(rows=16, columns=16))
+
+    def by_hand(x, w, s):
+        weight = w.float() * s.repeat_interleave(16, 0).repeat_interleave(16, 1)
+        return F.linear(x, weight) * x.sum()
+
+    def by_op(x, w, s):
+        return F.linear(x, torch.ops.dsopt.dequantize(w, s, torch.float32, [16, 16]))
+
+    def by_reader(x, w, s):
+        return torch.ops.dsopt.multi_linear(x, [w], [None], None, [s], [16, 16])[0]
+
+    for fn in (by_hand, by_op, by_reader):
+        assert totals(fn, torch.randn(3, 16), w, s) == {"fp8": 1}
+    assert totals(lambda x, w: x * w.float(), torch.randn(32, 16), w.float()) == {}
