@@ -83,7 +83,7 @@ setup(
     + [f"dsopt.{p}" for p in PARTS]
     + [f"dsopt.{p}.{s}" for p in PARTS for s in find_packages(p)],
     package_dir={"dsopt": "dsopt", **{f"dsopt.{p}": p for p in PARTS}},
-    package_data={"dsopt": ["py.typed"]},
+    package_data={"dsopt": ["py.typed"], "dsopt.models": ["tiny_checkpoint/*"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildVariants},
 )

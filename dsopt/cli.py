@@ -82,17 +82,27 @@ def demo(
     ] = False,
     layers: Annotated[int | None, typer.Option(min=1, help="At most so many layers a model.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads, instead of PyTorch's choice.")] = None,
+    generate: Annotated[
+        bool, typer.Option("--generate", help="A small trained model completes Python source instead.")
+    ] = False,
+    prompt: Annotated[str | None, typer.Option(help="What --generate completes.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=3, help="How many bytes --generate adds.")] = 200,
     json_file: Json = None,
 ) -> None:
     """DeepSeek geometry with random weights in eager, Inductor and dsopt, beside dsopt's targets."""
     _need_transformers((5, 23))
     import torch
 
+    from dsopt import complete
     from dsopt import demo as show
 
     if threads is not None:
         torch.set_num_threads(threads)
-    result = show.show(_console(json_file), quick, layers)
+    if generate:
+        given = complete.PROMPT if prompt is None else prompt
+        result = complete.show(_console(json_file), given, new_tokens)
+    else:
+        result = show.show(_console(json_file), quick, layers)
     _write(result, json_file)
     if result.get("interrupted"):
         raise typer.Exit(130)

@@ -199,7 +199,7 @@ def main(
         raise typer.Exit(130)
     run.publish(out)
     run.model.eval()
-    found = accuracy.loss(run.model, heldout.tokens)
+    found = accuracy.predict(run.model, heldout.tokens).loss
     write_text(out / "training.json", json.dumps(_record(run, heldout, found), indent=1) + "\n")
     (out / RESUME).unlink(missing_ok=True)
     console.print(f"held-out loss {found:.4f} nats a byte, perplexity {math.exp(found):.4f}", highlight=False)

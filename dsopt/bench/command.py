@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,7 +79,7 @@ def bench(
     from dsopt.ops import OPS
 
     _check_files(json_file, plot, compare, resume)
-    json_file = _auto_name(op) if json_file == AUTO else json_file
+    json_file = auto_name(op) if json_file == AUTO else json_file
     try:
         request = session.Request(
             ops=_names(op) or tuple(OPS),
@@ -202,7 +203,7 @@ def _check_files(json_file: str | None, plot: str | None, compare: str | None, r
         raise terminal.fail(f"--compare {compare}: there is no such file")
 
 
-def _auto_name(op: str | None) -> str:
+def auto_name(op: str | None) -> str:
     """benchmarks/results/DATE-OPS-MACHINE.json"""
     from dsopt import machine
 
@@ -213,11 +214,16 @@ def _auto_name(op: str | None) -> str:
 
 def script(file: str, text: str, ops: str | None) -> None:
     """Runs the command as a script in `benchmarks/`. text: its help, with examples; ops: its default for --op."""
+    run_script(file, text, bench, {"op": ops})
+
+
+def run_script(file: str, text: str, command: Callable[..., None], defaults: dict[str, Any]) -> None:
+    """Runs any command as a script in `benchmarks/`. text: its help, with examples."""
     # the script's folder is on the module path, where its coverage.py would pass for the package of that name
     folder = Path(file).resolve().parent
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != folder]
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command(help=_help(text), context_settings={"default_map": {"op": ops}})(bench)
+    app.command(help=_help(text), context_settings={"default_map": defaults})(command)
     app()
 
 

@@ -210,7 +210,7 @@ def test_a_part_of_a_model_that_fails_is_told(call, monkeypatch):
 
 
 def test_a_dated_name_says_what_and_where():
-    name = command._auto_name("rms_norm,rope")
+    name = command.auto_name("rms_norm,rope")
     assert name.startswith("benchmarks/results/2") and "-rmsnorm-rope-" in name and name.endswith(".json")
 
 

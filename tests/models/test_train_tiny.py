@@ -8,7 +8,6 @@ import typer
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from dsopt.bench import accuracy
 from dsopt.models import presets, tiny, train_tiny
 from dsopt.models.train_tiny import Run, Settings
 
@@ -38,15 +37,6 @@ def test_strings_are_bytes_behind_an_end():
     assert tiny.encode("é\n").tolist() == [[0, 0xC3, 0xA9, 10]]
     assert tiny.decode(tiny.encode("def f(é):")) == "def f(é):"
     assert tiny.decode(torch.tensor([0xC3])) == "\ufffd"
-
-
-def test_windows_cover_each_token_once():
-    tokens = torch.arange(23)
-    pairs = list(accuracy.windows(tokens, context=5, batch=2))
-    assert torch.equal(torch.cat([x.flatten() for x, _ in pairs]), tokens[:20])
-    assert torch.equal(torch.cat([y.flatten() for _, y in pairs]), tokens[1:21])
-    with pytest.raises(ValueError, match="more than 2 x 12"):
-        next(accuracy.windows(tokens, context=12, batch=2))
 
 
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path):
