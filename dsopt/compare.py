@@ -211,7 +211,7 @@ def errors(logits: dict[str, torch.Tensor]) -> dict[str, float]:
     }
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     """Bytes of `VmRSS` (now) or `VmHWM` (peak) of this process; 0 where the system does not say."""
     try:
         status = Path("/proc/self/status").read_text()
@@ -230,14 +230,14 @@ def cold_worker(way: str, preset: str, layers: int, cached: int, tiny: bool, thr
     with torch.inference_mode():
         cache = filled_cache(model.config, cached)
         token = random_tokens(model.config.vocab_size, 1)
-        before = _resident("VmRSS")
+        before = resident("VmRSS")
         # writing 5 makes the peak start again from here
         Path("/proc/self/clear_refs").write_text("5")
         start = time.perf_counter()
         call = ways(model)[way]
         decode(call, token, cache, cached)
         first = time.perf_counter() - start
-        peak = _resident("VmHWM")
+        peak = resident("VmHWM")
         rewind(cache, cached)
         start = time.perf_counter()
         decode(call, token, cache, cached)

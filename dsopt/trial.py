@@ -61,11 +61,19 @@ def build(request: Request, step: Callable[..., None]) -> torch.nn.Module:
         raise ValueError(f"unknown dtype {request.dtype!r}; known: {', '.join(DTYPES)}")
     config, dtype = resolve(request), DTYPES[request.dtype]
     size, free = presets.weight_bytes(config, dtype), machine.memory()["available"]
+    in_fp8 = request.weights and getattr(config, "quantization_config", None) is not None
+    if in_fp8:
+        size //= dtype.itemsize
     if free is not None and size > 0.9 * free:
         raise MemoryError(
             f"the weights take {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; "
             "take fewer layers (--layers) or smaller ones (--tiny)"
         )
+    if in_fp8:
+        import dsopt
+
+        step(f"loading {size / 2**30:.1f} GiB of weights")
+        return dsopt.load(request.model, dtype=dtype, layers=request.layers, progress=False)
     if request.weights:
         from transformers import AutoModelForCausalLM
 

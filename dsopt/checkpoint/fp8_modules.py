@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -10,9 +11,11 @@ from torch import nn
 from dsopt.checkpoint.files import Stored
 from dsopt.checkpoint.layout import ONE, SCALE
 from dsopt.checkpoint.problems import Problems
+from dsopt.expert_form import Refused
+from dsopt.expert_tensors import Layout
 from dsopt.fp8 import scale_shape
+from dsopt.fp8.convert import experts_layout
 from dsopt.fp8.modules import FP8Experts, FP8Linear
-from dsopt.ops.experts import ACTIVATIONS
 
 
 def install(
@@ -30,16 +33,16 @@ def install(
                 f"config.json: no quantization_config, but {len(scales)} modules such as {name} are in FP8"
             )
         return
+    known: dict = {}
     for path in sorted(scales):
         try:
             module = model.get_submodule(path)
         except AttributeError:
             continue
-        new = _fp8(module, scales[path], block)
-        if new is None:
-            problems.add(f"{path}: is in FP8, which dsopt has no {type(module).__name__} for")
-        else:
-            model.set_submodule(path, new)
+        try:
+            model.set_submodule(path, _fp8(module, scales[path], block, known))
+        except Refused as reason:
+            problems.add(f"{path}: is in FP8, which {type(module).__name__} cannot be: {reason}")
 
 
 def _scales(tensors: Mapping[str, Stored]) -> dict[str, torch.dtype]:
@@ -53,8 +56,8 @@ def _scales(tensors: Mapping[str, Stored]) -> dict[str, torch.dtype]:
     return {path: torch.float32 if is_wide else torch.float8_e8m0fnu for path, is_wide in wide.items()}
 
 
-def _fp8(module: nn.Module, scale_dtype: torch.dtype, block: tuple[int, int]) -> nn.Module | None:
-    """An FP8 module without values in the place of one; None where there is none that computes the same."""
+def _fp8(module: nn.Module, scale_dtype: torch.dtype, block: tuple[int, int], known: dict) -> nn.Module:
+    """An FP8 module without values in the place of one. Raises Refused if there is none that computes the same."""
 
     def scales(*shape: int) -> torch.Tensor:
         return torch.empty(scale_shape(shape, block), dtype=scale_dtype, device="meta")
@@ -65,9 +68,7 @@ def _fp8(module: nn.Module, scale_dtype: torch.dtype, block: tuple[int, int]) ->
     if type(module) is nn.Linear:
         shape = module.out_features, module.in_features
         return FP8Linear(weights(*shape), scales(*shape), module.bias, block=block)
-    activation = _activation(module)
-    if activation is None:
-        return None
+    layout = _stacks(module, known)
     experts, hidden, intermediate = module.down_proj.shape
     half = scales(experts, intermediate, hidden)
     return FP8Experts(
@@ -75,26 +76,23 @@ def _fp8(module: nn.Module, scale_dtype: torch.dtype, block: tuple[int, int]) ->
         torch.cat((half, half), 1),
         weights(experts, hidden, intermediate),
         scales(experts, hidden, intermediate),
-        activation=activation,
+        activation=layout.activation,
+        limit=layout.limit,
         block=block,
     )
 
 
-def _activation(module: nn.Module) -> str | None:
-    """The activation of stacked experts as DeepSeek-V3's are in transformers: gate above up, no biases; or None."""
-    names = {name for name, _ in module.named_parameters()}
-    if names != {"gate_up_proj", "down_proj"} or not hasattr(module, "_apply_gate"):
-        return None
-    experts, hidden, intermediate = module.down_proj.shape
-    if module.gate_up_proj.shape != (experts, 2 * intermediate, hidden):
-        return None
-    generator = torch.Generator().manual_seed(0)
-    # from numbers near 0 to those beyond what an activation may be limited to
-    gate, up = (torch.randn(4, 64, generator=generator).double() * torch.logspace(-1, 2, 4)[:, None]).chunk(
-        2, -1
-    )
-    got = module._apply_gate(torch.cat((gate, up), -1))
-    for name, activation in ACTIVATIONS.items():
-        if torch.allclose(got, activation(gate) * up, rtol=1e-9):
-            return name
-    return None
+def _stacks(module: nn.Module, known: dict) -> Layout:
+    """The layout of experts in stacks, tried on random weights. Raises Refused for any other module."""
+    if set(module._parameters) != {"gate_up_proj", "down_proj"}:
+        raise Refused("it is no linear layer, and has no gate_up_proj and down_proj alone")
+    probe = copy.copy(module)
+    # of the shapes and dtype of the real ones, in the memory of one number
+    vars(probe)["_parameters"] = {
+        name: nn.Parameter(torch.zeros((), dtype=p.dtype).expand(p.shape), requires_grad=False)
+        for name, p in module._parameters.items()
+    }
+    layout = experts_layout(probe.eval(), known)
+    if layout.w13 != "gate_up_proj":
+        raise Refused("its gate_up_proj does not hold the rows of gate, then those of up")
+    return layout

@@ -11,14 +11,16 @@ DeepSeek's checkpoints have a tensor for each matrix of each expert; transformer
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 
 SCALE = "_scale_inv"
 STACK = re.compile(r"(?P<experts>.*\.experts)\.(?P<matrix>gate_up_proj|down_proj)(?P<scale>_scale_inv)?")
-ONE = re.compile(r"(?P<experts>.*\.experts)\.\d+\.(gate|up|down)_proj\.weight(_scale_inv)?")
+ONE = re.compile(
+    r"(?P<experts>.*\.experts)\.\d+\.(?P<matrix>gate_proj|up_proj|down_proj)\.weight(?P<scale>_scale_inv)?"
+)
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,15 @@ class Part:
         return tensor if self.expert is None else tensor[self.expert, self.start : self.stop]
 
 
-def parts(shapes: Mapping[str, tuple[int, ...]], per_expert: Iterable[str]) -> dict[str, Part]:
+def parts(shapes: Mapping[str, tuple[int, ...]], single: Collection[str]) -> dict[str, Part]:
     """name in a checkpoint -> what it holds of a model, whose names and shapes are given.
 
-    per_expert: the modules (`X.experts`) whose experts the checkpoint holds one by one.
+    single: the stacks that the checkpoint holds expert by expert.
     """
-    single = set(per_expert)
     found = {}
     for name, shape in shapes.items():
         stack = STACK.fullmatch(name)
-        if stack is None or stack["experts"] not in single or len(shape) != 3:
+        if stack is None or name not in single or len(shape) != 3:
             found[name] = Part(name, shape)
             continue
         rows = shape[1]
@@ -62,16 +63,21 @@ def parts(shapes: Mapping[str, tuple[int, ...]], per_expert: Iterable[str]) -> d
     return found
 
 
-def single_experts(names: Iterable[str]) -> set[str]:
-    """The modules whose experts these names of a checkpoint hold one by one."""
-    return {one["experts"] for name in names if (one := ONE.fullmatch(name))}
+def stored_singly(names: Collection[str]) -> set[str]:
+    """The stacks that a checkpoint with these names holds expert by expert; what it has as a stack is none."""
+    found = set()
+    for name in names:
+        if one := ONE.fullmatch(name):
+            matrix = "down_proj" if one["matrix"] == "down_proj" else "gate_up_proj"
+            found.add(f"{one['experts']}.{matrix}{one['scale'] or ''}")
+    return found - set(names)
 
 
 def published_singly(model: torch.nn.Module) -> set[str]:
-    """The stacks of a model's experts that checkpoints of its family hold one by one, as transformers knows it."""
+    """The stacks of a model that checkpoints of its family hold expert by expert, as transformers knows it."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     sources = {p for conversion in get_model_conversion_mapping(model) for p in conversion.source_patterns}
     if "mlp.experts.*.gate_proj.weight" not in sources:
         return set()
-    return {stack["experts"] for name in model.state_dict() if (stack := STACK.fullmatch(name))}
+    return {name for name in model.state_dict() if STACK.fullmatch(name)}

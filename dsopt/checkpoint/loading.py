@@ -42,8 +42,8 @@ def load(
     biases in float32, tied weights tied, names that the model's class leaves aside left aside (the block behind
     DeepSeek-V3's last layer that predicts one token more).
 
-    dtype: of wide weights. device: where weights go, one by one. layers: only the first so many layers, for a look at
-    a model that is too large; what belongs to others is neither checked nor read. progress: a bar on standard error,
+    dtype: of wide weights. device: where weights go, one by one. layers: at most the first so many layers, for a look
+    at a model that is too large; what belongs to others is neither checked nor read. progress: a bar on standard error,
     if that is a terminal.
 
     Files are read through memory maps, a strip at a time, so that memory holds little more than the model. No code of
@@ -52,9 +52,13 @@ def load(
 
     Raises CheckpointError, one for all that is wrong (files that are missing, truncated or damaged, tensors that are
     missing, unexpected, in two files, of another shape or dtype, scales that are not finite or below zero, settings
-    that are not supported) before any weight is read.
+    that are not supported) before any weight is read; ValueError for another dtype or fewer layers than 1.
     """
     folder, device = Path(path), torch.device(device)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+    if layers is not None and layers < 1:
+        raise ValueError(f"layers must be at least 1, got {layers}")
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder} is no folder; dsopt.load reads local checkpoints and downloads nothing"
@@ -69,7 +73,7 @@ def load(
     install(model, files.tensors, block_of(model.config, problems), problems)
     targets = model.state_dict(keep_vars=True)
     shapes = {name: tuple(tensor.shape) for name, tensor in targets.items()}
-    parts = layout.parts(shapes, layout.single_experts(files.names))
+    parts = layout.parts(shapes, layout.stored_singly(files.names))
     found = check(model, targets, parts, files, problems)
     check_scales(folder, found, problems)
     problems.raise_any()
@@ -105,9 +109,8 @@ def _build(folder: Path, dtype: torch.dtype, layers: int | None) -> PreTrainedMo
 
 
 def _shorten(config: PreTrainedConfig, layers: int) -> None:
-    if not 1 <= layers <= config.num_hidden_layers:
-        raise ValueError(f"layers must be 1 to {config.num_hidden_layers}, got {layers}")
-    config.num_hidden_layers = layers
+    """Makes a config one of at most so many layers."""
+    config.num_hidden_layers = min(layers, config.num_hidden_layers)
     for name in ("layer_types", "mlp_layer_types"):
         if (types := getattr(config, name, None)) is not None:
             setattr(config, name, types[:layers])

@@ -198,18 +198,27 @@ def _maker(module: nn.Module, format: FP8Block, known: dict) -> Callable[[], nn.
         return lambda: _linear(module, format)
     try:
         kinds = len(known)
-        call, layout, _ = layout_of(module, known)
+        layout = experts_layout(module, known)
         if len(known) > kinds:
             batch_tensors(module, known)  # the first of its kind is compared on its own weights
     except Refused as reason:
         return str(reason)
+    return lambda: _experts(module, layout, format)
+
+
+def experts_layout(module: nn.Module, known: dict) -> Layout:
+    """How a module's experts are laid out; Refused where `FP8Experts` would not compute the same.
+
+    known: what was found for modules of the same kind; added to.
+    """
+    call, layout, _ = layout_of(module, known)
     order = [role for role in call.values() if isinstance(role, Role)]
     if order != ["x", "ids", "weights"]:
-        return f"experts called with {', '.join(order)}, not with x, ids, weights"
+        raise Refused(f"experts called with {', '.join(order)}, not with x, ids, weights")
     for name, is_so in _BEYOND.items():
         if is_so(layout):
-            return f"experts with {name}, which FP8Experts have not"
-    return lambda: _experts(module, layout, format)
+            raise Refused(f"experts with {name}, which FP8Experts have not")
+    return layout
 
 
 _BEYOND: dict[str, Callable[[Layout], bool]] = {

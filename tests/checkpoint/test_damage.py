@@ -152,7 +152,7 @@ def test_misshapen(folder, name, change):
         (
             "model.embed_tokens.weight",
             torch.float8_e4m3fn,
-            "model.embed_tokens: is in FP8, which dsopt has no",
+            "model.embed_tokens: is in FP8, which Embedding cannot be",
         ),
     ],
 )
@@ -308,7 +308,8 @@ def test_both_layouts_of_one_layer(folder):
     path, name = file_of(folder, GATE), "model.layers.1.mlp.experts.down_proj"
     put(path, {name: torch.zeros(8, 64, 32).to(torch.float8_e4m3fn)})
     move(folder, name, path.name)
-    refused(folder, f"{name}: in {path.name}, but not in the model")
+    message = refused(folder, f"{DOWN}: in {file_of(folder, DOWN).name}, but not in the model")
+    assert len(problems(message)) == 8
 
 
 def test_every_problem_is_in_one_error(folder):

@@ -6,6 +6,7 @@ from checkpoints import assert_same, preset, read_json, tensors
 from transformers import AutoModelForCausalLM
 
 import dsopt
+from dsopt import trial
 from dsopt.fp8 import dequantize
 from dsopt.fp8.modules import FP8Experts, FP8Linear
 from dsopt.models import synthetic
@@ -96,6 +97,12 @@ def test_runs_as_the_dequantized_model(tmp_path, block):
         assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 10)
 
 
+def test_the_command_line_keeps_it(tmp_path):
+    written(tmp_path)
+    model = trial.build(trial.Request(str(tmp_path), weights=True, layers=1), lambda *told: None)
+    assert isinstance(model.model.layers[0].mlp.up_proj, FP8Linear) and len(model.model.layers) == 1
+
+
 def test_the_block_that_predicts_one_token_more_is_left_aside(tmp_path):
     files = tensors(written(tmp_path, mtp=True))
     extra = [key for key in files if key.startswith("model.layers.61.")]
@@ -116,3 +123,13 @@ def test_saved_and_loaded_again(tmp_path, scale_fmt, block):
     assert all(torch.equal(old[key].view(torch.uint8), new[key].view(torch.uint8)) for key in old)
     settings = read_json(tmp_path / "b" / "config.json")["quantization_config"]
     assert settings == read_json(tmp_path / "a" / "config.json")["quantization_config"]
+
+
+def test_scales_in_stacks_beside_weights_that_are_not(tmp_path):
+    """What transformers' own `save_pretrained` makes of FP8 modules that it does not know."""
+    model = dsopt.load(written(tmp_path / "a", block=RAGGED))
+    model.save_pretrained(tmp_path / "b")
+    names = tensors(tmp_path / "b")
+    assert "model.layers.1.mlp.experts.gate_up_proj_scale_inv" in names
+    assert "model.layers.1.mlp.experts.0.gate_proj.weight" in names
+    assert_same(dsopt.load(tmp_path / "b"), model)

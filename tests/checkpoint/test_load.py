@@ -84,6 +84,14 @@ def test_the_first_layers_of_a_deeper_one(tmp_path):
         assert torch.equal(got(ids).logits, whole(ids).logits)
 
 
+def test_wrong_arguments(tmp_path):
+    random_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or float16, got"):
+        dsopt.load(tmp_path, dtype=torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="layers must be at least 1, got 0"):
+        dsopt.load(tmp_path, layers=0)
+
+
 def test_generation_config_and_generate(tmp_path):
     random_model().save_pretrained(tmp_path)
     change_json(tmp_path / "generation_config.json", max_new_tokens=3, do_sample=False)
