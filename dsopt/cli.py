@@ -35,6 +35,7 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Weights = Annotated[bool, typer.Option(help="Load the folder's weights instead of random ones.")]
 Tokens = Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")]
 Decode = Annotated[int, typer.Option(min=1, help="Decode steps after it.")]
+FP8 = Annotated[bool, typer.Option("--fp8", help="Quantize the weights to FP8 blocks first.")]
 Kernels = Annotated[
     list[str] | None,
     typer.Option(metavar="OP=BACKEND", help="Try this backend first for this op (repeatable)."),
@@ -239,6 +240,7 @@ def _request(
     tokens: int,
     steps: int,
     kernel: list[str] | None,
+    fp8: bool,
 ) -> Any:
     """The `dsopt.trial.Request` of a command's options."""
     _need_transformers((5, 17))
@@ -247,7 +249,7 @@ def _request(
     if wrong := [item for item in kernel or [] if not all(item.partition("="))]:
         raise _fail(f"--kernel takes OP=BACKEND, such as rms_norm=torch, got {wrong[0]!r}")
     chosen = dict(item.partition("=")[::2] for item in kernel or [])
-    return Request(model, tiny, layers, dtype, weights, tokens, steps, chosen)
+    return Request(model, tiny, layers, dtype, weights, tokens, steps, chosen, fp8)
 
 
 def _try(what: Callable, request: Any, console: Console) -> tuple[dict[str, Any], Any]:
@@ -271,13 +273,14 @@ def compile(
     tokens: Tokens = 32,
     steps: Decode = 3,
     kernel: Kernels = None,
+    fp8: FP8 = False,
     explain: Annotated[
         bool, typer.Option(help="Say module by module what was fused, and what was not and why.")
     ] = False,
     json_file: Json = None,
 ) -> None:
     """Compile a model, run a prefill and decode steps, and print what dsopt did to it."""
-    request = _request(model, tiny, layers, dtype, weights, tokens, steps, kernel)
+    request = _request(model, tiny, layers, dtype, weights, tokens, steps, kernel, fp8)
     from dsopt import trial
 
     console = _console(json_file)
@@ -306,10 +309,11 @@ def verify(
     tokens: Tokens = 32,
     steps: Decode = 1,
     kernel: Kernels = None,
+    fp8: FP8 = False,
     json_file: Json = None,
 ) -> None:
     """Compare each rewritten site of a model with eager, on a prefill and decode steps; exit 1 if one departs."""
-    request = _request(model, tiny, layers, dtype, weights, tokens, steps, kernel)
+    request = _request(model, tiny, layers, dtype, weights, tokens, steps, kernel, fp8)
     from dsopt import trial
 
     console = _console(json_file)

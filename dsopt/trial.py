@@ -28,6 +28,7 @@ class Request:
     tokens: int = 32
     steps: int = 3
     kernels: Mapping[str, str] = field(default_factory=dict)
+    fp8: bool = False
 
 
 def resolve(request: Request) -> Any:
@@ -56,7 +57,17 @@ def resolve(request: Request) -> Any:
 
 
 def build(request: Request, step: Callable[..., None]) -> torch.nn.Module:
-    """The model of a request. Raises MemoryError before it would not fit."""
+    """The model of a request, quantized if it asks for that. Raises MemoryError before it would not fit."""
+    model = _wide(request, step)
+    if request.fp8:
+        from dsopt.fp8.convert import quantize_
+
+        step("quantizing")
+        quantize_(model, progress=False)
+    return model
+
+
+def _wide(request: Request, step: Callable[..., None]) -> torch.nn.Module:
     if request.dtype not in DTYPES:
         raise ValueError(f"unknown dtype {request.dtype!r}; known: {', '.join(DTYPES)}")
     config, dtype = resolve(request), DTYPES[request.dtype]

@@ -84,6 +84,15 @@ def test_compile_reports_what_was_fused(call, model):
     assert all(kernel["calls"] > 0 for graph in found["graphs"] for kernel in graph["kernels"])
 
 
+def test_compile_quantizes_first(call, fresh_dynamo):
+    result = call(
+        "compile", "v3", "--tiny", "--layers", "1", "--fp8", "--tokens", "5", "--steps", "1", "--json", "-"
+    )
+    assert result.exit_code == 0, result.output
+    matched, total = json.loads(result.stdout)["matched"]["fp8"]
+    assert matched == total > 0
+
+
 def test_compile_explains_module_by_module(call, fresh_dynamo):
     given = ["deepseek_v3", "--tiny", "--layers", "4", "--tokens", "9", "--steps", "1"]
     result = call("compile", *given, "--explain", "--json", "-")
