@@ -14,6 +14,8 @@ from dsopt.checkpoint.mapped import Mapped
 from dsopt.checkpoint.problems import Problems
 
 WIDE = ("F64", "F32", "F16", "BF16")
+# buffers that transformers computes, and that older checkpoints hold
+COMPUTED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 SCALES = ("F32", "BF16", "F16", "F8_E8M0")
 
 
@@ -37,7 +39,7 @@ def check(
     for target, source in model.all_tied_weights_keys.items():
         if not {target, source} & {*files.tensors, *files.unreadable}:
             problems.add(f"{source}: missing, and so is {target}, which is tied to it")
-    ignored = _matcher(model._keys_to_ignore_on_load_unexpected)
+    ignored = _matcher({*(model._keys_to_ignore_on_load_unexpected or ()), *COMPUTED})
     found = {}
     for key, stored in files.tensors.items():
         if key in parts:

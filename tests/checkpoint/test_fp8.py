@@ -1,8 +1,11 @@
 """DeepSeek's FP8 layout: what is loaded is what is in the files, and what transformers dequantizes."""
 
+import json
+
 import pytest
 import torch
-from checkpoints import assert_same, preset, read_json, tensors
+from checkpoints import assert_same, assert_same_weights, preset, read_json, tensors
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import dsopt
@@ -125,11 +128,53 @@ def test_saved_and_loaded_again(tmp_path, scale_fmt, block):
     assert settings == read_json(tmp_path / "a" / "config.json")["quantization_config"]
 
 
-def test_scales_in_stacks_beside_weights_that_are_not(tmp_path):
-    """What transformers' own `save_pretrained` makes of FP8 modules that it does not know."""
-    model = dsopt.load(written(tmp_path / "a", block=RAGGED))
-    model.save_pretrained(tmp_path / "b")
-    names = tensors(tmp_path / "b")
-    assert "model.layers.1.mlp.experts.gate_up_proj_scale_inv" in names
-    assert "model.layers.1.mlp.experts.0.gate_proj.weight" in names
-    assert_same(dsopt.load(tmp_path / "b"), model)
+def test_stacks_of_weights_or_of_scales_alone(tmp_path):
+    """What a writer leaves that knows experts, but not their scales, or the other way round."""
+    model = dsopt.load(written(tmp_path, block=RAGGED))
+    single, path = tensors(tmp_path), tmp_path / "model.safetensors"
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    for is_stacked in (
+        lambda name: name.endswith("_scale_inv"),
+        lambda name: not name.endswith("_scale_inv"),
+    ):
+        mixed = {name: tensor for name, tensor in single.items() if not is_stacked(name)}
+        mixed |= {name: tensor for name, tensor in state.items() if is_stacked(name)}
+        assert mixed.keys() != single.keys() and mixed.keys() != state.keys()
+        save_file(mixed, path, {"format": "pt"})
+        assert_same(dsopt.load(tmp_path), model)
+
+
+DEEPSEEK = {
+    "auto_map": {
+        "AutoConfig": "configuration_deepseek.DeepseekV3Config",
+        "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
+    },
+    "ep_size": 1,
+    "moe_layer_freq": 1,
+    "num_nextn_predict_layers": 1,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "rope_theta": 10000,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 32,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 128,
+        "type": "yarn",
+    },
+}
+
+
+def test_a_config_in_the_words_of_deepseek(tmp_path):
+    want = dsopt.load(written(tmp_path, mtp=True))
+    config = read_json(tmp_path / "config.json")
+    del config["rope_parameters"], config["dtype"]
+    (tmp_path / "config.json").write_text(json.dumps(config | DEEPSEEK))
+    got = dsopt.load(tmp_path)
+    assert_same_weights(got, want)
+    ids = torch.arange(6)[None]
+    with torch.inference_mode():
+        assert torch.equal(got(ids).logits, want(ids).logits)

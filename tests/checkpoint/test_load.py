@@ -69,6 +69,13 @@ def test_tied_weights_where_only_the_other_is_there(tmp_path):
     assert torch.equal(got.lm_head.weight, embeddings)
 
 
+def test_computed_buffers_of_older_checkpoints(tmp_path):
+    random_model().save_pretrained(tmp_path)
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.full((8,), 7.0)}
+    put(tmp_path / "model.safetensors", old)
+    assert_same(dsopt.load(tmp_path), from_pretrained(tmp_path))
+
+
 def test_the_first_layers_of_a_deeper_one(tmp_path):
     random_model(layers=3, name="v3.2").save_pretrained(tmp_path, max_shard_size="100KB")
     got = dsopt.load(tmp_path, layers=2)

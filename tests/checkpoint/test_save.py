@@ -44,6 +44,23 @@ def test_other_families(tmp_path, family):
     assert ("lm_head.weight" in tensors(tmp_path / "new")) == (family != "qwen3")
 
 
+@pytest.mark.parametrize("name", ["v2-lite", "v3.2"])
+def test_a_model_that_was_quantized_here(tmp_path, name):
+    model = model_of(name=name)
+    dsopt.quantize_(model, dsopt.FP8Block(rows=16, columns=16), progress=False)
+    dsopt.save(model, tmp_path / "new")
+    settings = read_json(tmp_path / "new" / "config.json")["quantization_config"]
+    assert settings["weight_block_size"] == [16, 16] and "modules_to_not_convert" not in settings
+    assert_same_weights(dsopt.load(tmp_path / "new"), model)
+    pytest.importorskip("accelerate")
+    got = AutoModelForCausalLM.from_pretrained(tmp_path / "new", dtype=torch.float32)
+    ids = torch.arange(6)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            got.float()(ids).logits, dsopt.load(tmp_path / "new", dtype=torch.float32)(ids).logits
+        )
+
+
 def test_what_was_left_wide_is_named(tmp_path):
     synthetic.write(tmp_path / "a", preset(), block=(16, 16), progress=False)
     model = dsopt.load(tmp_path / "a")
