@@ -58,8 +58,7 @@ def _matcher(patterns: Iterable[str] | None):
 
 def _check_one(key: str, stored: Stored, part: Part, dtype: torch.dtype, problems: Problems) -> None:
     if key.endswith(SCALE):
-        # the other way round float32 would lose its fraction
-        allowed = ("F8_E8M0",) if dtype == torch.float8_e8m0fnu else SCALES
+        allowed = SCALES
     elif dtype.is_floating_point and dtype.itemsize > 1:
         allowed = WIDE
     else:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from checkpoints import assert_same, assert_same_weights, preset, read_json, tensors
+from checkpoints import assert_same, assert_same_weights, file_of, preset, put, read_json, tensor, tensors
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -126,6 +126,17 @@ def test_saved_and_loaded_again(tmp_path, scale_fmt, block):
     assert all(torch.equal(old[key].view(torch.uint8), new[key].view(torch.uint8)) for key in old)
     settings = read_json(tmp_path / "b" / "config.json")["quantization_config"]
     assert settings == read_json(tmp_path / "a" / "config.json")["quantization_config"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e8m0fnu, torch.bfloat16, torch.float16])
+def test_scales_of_other_dtypes_in_one_stack(tmp_path, dtype):
+    """All are float32 where one is, and as exact."""
+    name = "model.layers.1.mlp.experts.5.up_proj.weight_scale_inv"
+    new = torch.exp2(tensor(written(tmp_path), name).log2().round()).to(dtype)
+    put(file_of(tmp_path, name), {name: new})
+    experts = dsopt.load(tmp_path).model.layers[1].mlp.experts
+    assert experts.gate_up_proj_scale_inv.dtype == torch.float32
+    assert torch.equal(experts.gate_up_proj_scale_inv[5].chunk(2)[1], new.float())
 
 
 def test_stacks_of_weights_or_of_scales_alone(tmp_path):

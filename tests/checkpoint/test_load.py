@@ -59,6 +59,15 @@ def test_a_family_without_experts_and_with_tied_weights(tmp_path):
     assert got.lm_head.weight is got.model.embed_tokens.weight
 
 
+def test_computed_buffers_beside_weights(tmp_path):
+    """gemma3's embeddings have a factor of their own, which is in no checkpoint."""
+    config = AutoConfig.for_model("gemma3_text", **presets.TINY, sliding_window=16)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    got = dsopt.load(tmp_path)
+    assert got.model.embed_tokens.embed_scale == torch.tensor(8.0)
+    assert_same(got, from_pretrained(tmp_path))
+
+
 def test_tied_weights_where_only_the_other_is_there(tmp_path):
     config = AutoConfig.for_model("qwen3", **presets.TINY, tie_word_embeddings=True)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
