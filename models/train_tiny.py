@@ -6,7 +6,8 @@ balanced without a loss of their own: after each step the correction bias of eve
     bias += bias_speed * sign(mean(load) - load)
 
 where load counts the tokens that chose each expert; here the speed falls with the learning rate. An interrupted run
-goes on where it was saved last: what a step sees depends on its number alone.
+goes on where it was saved last: what a step sees depends on its number alone. It may go on with another number of steps
+in all; the learning rate then follows the new schedule, and the log says from which step.
 """
 
 from __future__ import annotations
@@ -103,6 +104,8 @@ class Run:
         self.done = 0
         self.seconds = 0.0
         self.log: list[dict[str, float]] = []
+        # [step, steps]: from that step on the schedule was one of so many steps
+        self.schedules = [[0, settings.steps]]
 
     def batch(self, step: int) -> torch.Tensor:
         """Rows of context + 1 tokens, from places that the step's number decides."""
@@ -142,21 +145,30 @@ class Run:
             "done": self.done,
             "seconds": self.seconds,
             "log": self.log,
+            "schedules": self.schedules,
         }
         with replaced(folder / RESUME) as temporary:
             torch.save(state, temporary)
 
     def resume(self, folder: Path) -> bool:
-        """Takes up the run in the folder, if there is one. Raises ValueError where it is a run of other settings."""
+        """Takes up the run in the folder, if there is one.
+
+        Raises ValueError where it is one of another text or of other settings, the number of steps aside.
+        """
         if not (folder / RESUME).is_file():
             return False
         state = torch.load(folder / RESUME, weights_only=True)
+        steps = self.settings.steps
         for name, value in self._identity().items():
-            if state[name] != value:
-                raise ValueError(f"{folder / RESUME} is of a run with {name} {state[name]}, not {value}")
+            was = {**state[name], "steps": steps} if name == "settings" else state[name]
+            if was != value:
+                raise ValueError(f"{folder / RESUME} is of a run with {name} {was}, not {value}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.done, self.seconds, self.log = state["done"], state["seconds"], state["log"]
+        self.schedules = state["schedules"]
+        if self.schedules[-1][1] != steps:
+            self.schedules.append([self.done, steps])
         return True
 
     def publish(self, folder: Path) -> None:
@@ -240,6 +252,7 @@ def _record(run: Run, heldout: tiny.Text, found: float) -> dict[str, Any]:
     return {
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "settings": dataclasses.asdict(run.settings),
+        "schedules": run.schedules,
         "tokens": run.done * run.settings.batch * run.settings.context,
         "seconds": round(run.seconds, 1),
         "threads": torch.get_num_threads(),

@@ -55,6 +55,8 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path):
     with pytest.raises(ValueError, match=r"is of a run with settings .*'seed': 0.*, not .*'seed': 1"):
         run(seed=1).resume(tmp_path)
     assert not run().resume(tmp_path / "elsewhere")
+    shorter = run(steps=3)
+    assert shorter.resume(tmp_path) and shorter.schedules == [[0, 4], [2, 3]]
 
 
 def test_the_rate_rises_then_falls_to_its_last():
