@@ -12,6 +12,7 @@ Everything is computed in float32 in the order that DeepSeek published (`inferen
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -74,12 +75,17 @@ def quantize(x: torch.Tensor, format: FP8Block | FP8Group | FP8Row) -> tuple[tor
             strip = slice(start, start + rows)
             blocks = slice(start // block[0], -(-min(n, start + rows) // block[0]))
             part = x[(*at, strip)].float()
-            if not bool(torch.isfinite(part).all()):
+            if not is_finite(part):
                 raise ValueError(
                     "x holds NaN or infinity, or a number beyond float32, and cannot be quantized"
                 )
             weight[(*at, strip)], scale[(*at, blocks)] = quantize_matrix(part, format)
     return weight, scale
+
+
+def is_finite(x: torch.Tensor) -> bool:
+    """Whether all elements are finite, without a temporary of x's size."""
+    return x.numel() == 0 or all(math.isfinite(extreme.item()) for extreme in torch.aminmax(x))
 
 
 def quantize_matrix(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from torch import nn
 from dsopt.expert_calls import Role
 from dsopt.expert_form import Refused
 from dsopt.expert_tensors import Layout, batch_tensors, layout_of
-from dsopt.fp8.arithmetic import quantize, scale_shape
+from dsopt.fp8.arithmetic import is_finite, quantize, scale_shape
 from dsopt.fp8.formats import FP8Block
 from dsopt.fp8.modules import FP8Experts, FP8Linear
 from dsopt.progress import Steps
@@ -183,13 +182,8 @@ def _problems(path: str, module: nn.Module, uses: dict[int, list[str]]) -> Itera
             yield f"{at} is {p.dtype}, not float32, bfloat16 or float16"
         elif others:
             yield f"{at} is tied to or shares memory with {', '.join(others)}"
-        elif not _is_finite(p.detach()):
+        elif not is_finite(p.detach()):
             yield f"{at} holds NaN or infinity"
-
-
-def _is_finite(x: torch.Tensor) -> bool:
-    """Without a temporary of x's size."""
-    return x.numel() == 0 or all(math.isfinite(extreme.item()) for extreme in torch.aminmax(x))
 
 
 def _maker(module: nn.Module, format: FP8Block, known: dict) -> Callable[[], nn.Module] | str:
