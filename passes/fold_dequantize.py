@@ -21,6 +21,7 @@ from dsopt.ops.attention import LATENT_BLOCK, mla_attention
 from dsopt.ops.experts import moe_experts
 from dsopt.ops.linear import gated_mlp, multi_linear
 from dsopt.ops.quant import dequantize
+from dsopt.quantized import Source, source_of
 from dsopt.rewrite import Emitter, Log, argument, aten, is_op, replace, shape, val
 
 FAMILY = "fp8"
@@ -40,17 +41,6 @@ SCALED: dict[Op, dict[str, str]] = {
 }
 # argument of mla_attention whose blocks are given
 LATENT = {"latent": "latent_scale"}
-_VIEWS = (
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-    aten.permute.default,
-    aten.reshape.default,
-    aten.view.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-)
 
 
 class Unfoldable(Exception):
@@ -59,19 +49,6 @@ class Unfoldable(Exception):
 
 class InsideBlock(Unfoldable):
     """A view begins or splits rows inside of a block."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """The dequantization that an operand is a view of, and the views between, from the source on."""
-
-    node: Node
-    views: tuple[Node, ...]
-
-    @property
-    def block(self) -> tuple[int, int]:
-        rows, columns = argument(self.node, "block")
-        return rows, columns
 
 
 @dataclass
@@ -137,15 +114,7 @@ def _operands(weights: Any, scales: Any) -> Iterator[Operand]:
     if not isinstance(weights, (list, tuple)):
         weights, scales = [weights], [scales]
     for w, s in zip(weights, scales or [None] * len(weights), strict=True):
-        yield Operand(w, s, None if s is not None or w is None else _source(w))
-
-
-def _source(node: Node) -> Source | None:
-    views: list[Node] = []
-    while is_op(node, *_VIEWS):
-        views.insert(0, node)
-        node = node.args[0]
-    return Source(node, tuple(views)) if is_op(node, dequantize.overload) else None
+        yield Operand(w, s, None if s is not None or w is None else source_of(w))
 
 
 def _arguments(pairs: dict[str, str], args: dict[str, Any], operands: Sequence[Operand]) -> dict[str, Any]:

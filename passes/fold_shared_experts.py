@@ -8,12 +8,17 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from dsopt.effects import between
+from dsopt.op import Op
 from dsopt.ops.experts import moe_experts
 from dsopt.ops.linear import gated_mlp
+from dsopt.quantized import block_of
 from dsopt.rewrite import Emitter, Log, aten, is_op, replace, same_shape, shape, val
 
 FAMILY = "moe"
 SHARED = slice(13, 16)  # where the shared MLP's weights are among the arguments of moe_experts
+# weights and the arguments that hold their scales
+ROUTED = {"w13": "scale13", "w2": "scale2", "w3": "scale3"}
+MLP = {"w_gate": "scale_gate", "w_up": "scale_up", "w_down": "scale_down"}
 # views that keep the order of the rows
 _VIEWS = (aten.reshape.default, aten.view.default, aten.contiguous.default)
 
@@ -59,11 +64,21 @@ def _shared(node: Node, total: Node) -> Node | None:
         mlp = _unviewed(term)
         if not is_op(mlp, gated_mlp.overload) or not _is_plain(mlp):
             continue
+        if _blocks(moe_experts, node, ROUTED) != _blocks(gated_mlp, mlp, MLP):
+            continue  # kernels take weights of one kind
         same = _unviewed(mlp.args[0]) is _unviewed(node.args[0]) and val(total).dtype == val(node).dtype
         alone = _unviewed(next(t for t in total.args if t is not term)) is node and len(mlp.users) == 1
         if same and alone and same_shape(shape(total), shape(term)):
             return mlp
     return None
+
+
+def _blocks(op: Op, node: Node, pairs: dict[str, str]) -> set[tuple[int, int] | None]:
+    """The blocks of an op's weights that are in FP8 or were dequantized, None for one that is wide."""
+    names = [a.name for a in op.overload._schema.arguments]
+    args = dict(zip(names, op.bind(node.args, node.kwargs), strict=True))
+    weights = [(args[w], args[s]) for w, s in pairs.items() if args[w] is not None]
+    return {block_of(w) if scale is None else tuple(args["block"]) for w, scale in weights}
 
 
 def _is_plain(mlp: Node) -> bool:

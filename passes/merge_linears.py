@@ -1,5 +1,7 @@
 """linear(x, w1), linear(x, w2), ... of one x -> multi_linear(x, [w1, w2, ...]), any number of siblings, also one.
 
+Weights in FP8, dequantized where they are read, are siblings of such in the same blocks only: kernels take one kind.
+
 linear(x.to(d), w.to(d)), w narrower than d -> multi_linear(x, [w], dtype=d): nothing widened is stored."""
 
 from __future__ import annotations
@@ -10,27 +12,37 @@ import torch
 from torch.fx import GraphModule, Node
 
 from dsopt.ops.linear import multi_linear
+from dsopt.quantized import block_of
 from dsopt.rewrite import Emitter, Log, argument, aten, is_op, is_tensor, precedes, replace, val
 
 
 def run(gm: GraphModule, log: Log) -> None:
-    siblings: dict[Node, list[Node]] = {}
+    siblings: dict[tuple, list[Node]] = {}
     for node in gm.graph.nodes:
         if is_op(node, aten.linear.default) and val(argument(node, "weight")).ndim == 2:
-            siblings.setdefault(node.args[0], []).append(node)
-    for x, linears in siblings.items():
-        first = linears[0]
-        group = [n for n in linears if n is first or (_ready(n, first) and not log.moved([n], first))]
-        log.hit()
-        emit = Emitter(gm, first)
-        weights = [argument(n, "weight") for n in group]
-        biases = [argument(n, "bias") for n in group]
-        operands = (x, weights, biases)
-        if not any(map(is_tensor, biases)) and _widened([x, *weights], log, first):
-            operands = (x.args[0], [w.args[0] for w in weights], biases, val(x).dtype)
-        merged = emit(multi_linear.overload, *operands, like=[val(n) for n in group])
-        for i, node in enumerate(group):
-            replace(node, emit(operator.getitem, merged, i, like=val(node)))
+            siblings.setdefault((node.args[0], block_of(argument(node, "weight"))), []).append(node)
+    for (_, block), linears in siblings.items():
+        while linears:
+            first = linears[0]
+            group = [n for n in linears if n is first or (_ready(n, first) and not log.moved([n], first))]
+            _merge(gm, group, log)
+            # a wide one that is left is a linear layer; one in FP8 needs an op that reads it so
+            linears = [] if block is None else [n for n in linears if n not in group]
+
+
+def _merge(gm: GraphModule, group: list[Node], log: Log) -> None:
+    first = group[0]
+    log.hit()
+    emit = Emitter(gm, first)
+    weights = [argument(n, "weight") for n in group]
+    biases = [argument(n, "bias") for n in group]
+    x = first.args[0]
+    operands = (x, weights, biases)
+    if not any(map(is_tensor, biases)) and _widened([x, *weights], log, first):
+        operands = (x.args[0], [w.args[0] for w in weights], biases, val(x).dtype)
+    merged = emit(multi_linear.overload, *operands, like=[val(n) for n in group])
+    for i, node in enumerate(group):
+        replace(node, emit(operator.getitem, merged, i, like=val(node)))
 
 
 def _widened(nodes: list[Node], log: Log, at: Node) -> bool:

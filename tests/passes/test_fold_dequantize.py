@@ -56,15 +56,13 @@ def call(result, op) -> dict:
 
 def test_sibling_linears():
     x, q, kv = R(2, 3, 24), fp8(40, 24), fp8(19, 24)
-    wide_weight = R(5, 24)
 
-    def fn(x, q, kv, w):
-        y = F.linear(x, wide(q))
-        return torch.cat((y, F.linear(x, wide(kv)), F.linear(x, w)), -1)
+    def fn(x, q, kv):
+        return torch.cat((F.linear(x, wide(q)), F.linear(x, wide(kv))), -1)
 
-    args = call(folded(fn, x, q, kv, wide_weight, sites=2), multi_linear)
-    assert [w.dtype for w in args["weights"]] == [torch.float8_e4m3fn] * 2 + [torch.float32]
-    assert [s is None for s in args["scales"]] == [False, False, True] and args["block"] == [16, 8]
+    args = call(folded(fn, x, q, kv, sites=2), multi_linear)
+    assert [w.dtype for w in args["weights"]] == [torch.float8_e4m3fn] * 2
+    assert [s.shape for s in args["scales"]] == [(3, 3), (2, 3)] and args["block"] == [16, 8]
 
 
 def test_a_gated_mlp():
@@ -214,26 +212,30 @@ def test_what_no_op_takes_up_stays():
     assert "read by aten.sum" in missed(read_twice, x, pair)
 
 
+def mlp(x, gate, up, down):
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
 def test_blocks_that_differ_in_columns_stay():
-    x, a, b = R(3, 24), fp8(40, 24), fp8(16, 24, columns=16)
+    x, gate, up, down = R(3, 24), fp8(40, 24), fp8(40, 24, columns=16), R(24, 40)
 
-    def fn(x, a, b):
-        return F.linear(x, wide(a)).sum(-1) + F.linear(x, wide(b, block=(16, 16))).sum(-1)
+    def fn(x, gate, up, down):
+        return mlp(x, wide(gate), wide(up, block=(16, 16)), down)
 
-    result = rewritten(fn, x, a, b, passes=PASSES)
+    result = rewritten(fn, x, gate, up, down, passes=PASSES)
     assert result.count("dsopt.dequantize") == 2
     assert all("blocks of [16, 8] and [16, 16]" in m["reason"] for m in result.log("fold_dequantize").misses)
-    assert relative_l2(result.run(x, a, b), fn(x, a, b)) < 1e-6
+    assert relative_l2(result.run(x, gate, up, down), fn(x, gate, up, down)) < 1e-6
 
 
 def test_blocks_that_differ_in_rows_have_scales_for_each_row():
-    x, a, b = R(3, 24), fp8(40, 24), fp8(19, 24, rows=8)
+    x, gate, up, down = R(3, 24), fp8(40, 24), fp8(40, 24, rows=8), fp8(24, 40)
 
-    def fn(x, a, b):
-        return torch.cat((F.linear(x, wide(a)), F.linear(x, wide(b, block=(8, 8)))), -1)
+    def fn(x, gate, up, down):
+        return mlp(x, wide(gate), wide(up, block=(8, 8)), wide(down))
 
-    args = call(folded(fn, x, a, b, sites=2), multi_linear)
-    assert args["block"] == [1, 8] and [s.shape for s in args["scales"]] == [(40, 3), (19, 3)]
+    args = call(folded(fn, x, gate, up, down, sites=3), gated_mlp)
+    assert args["block"] == [1, 8] and args["scale_gate"].shape == args["scale_up"].shape == (40, 3)
 
 
 def test_what_stays_stands_before_its_first_reader():
@@ -258,3 +260,41 @@ def test_a_write_in_between_keeps_the_order():
     assert result.count("dsopt.dequantize") == 1
     assert "writes between" in result.log("fold_dequantize").misses[0]["reason"]
     assert relative_l2(result.run(x, w, s.clone()), fn(x, w, s.clone())) < 1e-6
+
+
+def test_weights_of_one_kind_are_put_together():
+    x, a, b, wide_weight = R(3, 24), fp8(40, 24), fp8(19, 24), R(5, 24)
+
+    def fn(x, a, b, w):
+        return torch.cat((F.linear(x, w), F.linear(x, wide(a)), F.linear(x, wide(b))), -1)
+
+    result = folded(fn, x, a, b, wide_weight, sites=2)
+    kinds = [n.args for n in result.graphs[-1].graph.nodes if n.target is multi_linear.overload]
+    assert sorted(len(args[1]) for args in kinds) == [1, 2]
+
+
+def test_a_wide_shared_mlp_stays_beside_experts_in_fp8():
+    x, ids, weights = R(3, 24), torch.tensor([[0, 2], [1, 3], [2, 0]]), R(3, 2)
+    w13, w2, (gate, up, down) = fp8(4, 64, 24), fp8(4, 24, 32), (R(20, 24), R(20, 24), R(24, 20))
+
+    def fn(x, ids, weights, w13, w2, gate, up, down):
+        routed = moe_experts.overload(x, ids, weights, wide(w13), wide(w2))
+        return routed + F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+    result = folded(fn, x, ids, weights, w13, w2, gate, up, down, sites=2)
+    assert result.count("dsopt.gated_mlp") == 1
+
+
+def test_a_weight_whose_scales_are_made_later_is_merged_for_itself():
+    x, a, (w, s) = R(3, 24), fp8(24, 24), fp8(19, 24)
+
+    def fn(x, a, w, s):
+        first = F.linear(x, wide(a))
+        return first, F.linear(x, wide((w, s * first.abs().mean())))
+
+    result = rewritten(fn, x, a, w, s, passes=PASSES)
+    assert result.count("dsopt.multi_linear") == 2 and result.count("dsopt.dequantize") == 0
+    assert all(
+        relative_l2(got, want) < 1e-6
+        for got, want in zip(result.run(x, a, w, s), fn(x, a, w, s), strict=True)
+    )
