@@ -20,13 +20,23 @@ AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
 VARIANTS = {"portable": ()}
 if platform.machine().lower() in ("x86_64", "amd64"):
-    VARIANTS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": (*AVX512, "-mavx512bf16")}
+    VBMI = (*AVX512, "-mavx512vbmi")
+    VARIANTS |= {"avx2": AVX2, "avx512": AVX512, "avx512_vbmi": VBMI, "avx512_bf16": (*VBMI, "-mavx512bf16")}
+# what avx512_vbmi has of its own; for all else it runs avx512
+FP8_SOURCES = {"moe_experts", "multi_linear"}
 
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-g0", "-Wall")
 # of `make sanitize`: for compiling and linking, behind all others
 EXTRA = shlex.split(os.environ.get("DSOPT_CXXFLAGS", ""))
 # torch has loaded its own OpenMP before; only the library name must be the same, which it is on Linux
 OPENMP = ("-fopenmp",) if sys.platform == "linux" else ()
+
+
+def variants_of(source):
+    """The instruction sets that a kernel's source is compiled for; None for what is compiled once."""
+    if source in ONCE:
+        return [None]
+    return [v for v in VARIANTS if v != "avx512_vbmi" or source in FP8_SOURCES]
 
 
 class BuildVariants(build_ext):
@@ -53,7 +63,7 @@ class BuildVariants(build_ext):
 
         # the largest first, so that no thread is left with it at the end
         sources = sorted(ext.sources, key=lambda s: -Path(s).stat().st_size)
-        jobs = [(s, v) for s in sources for v in ([None] if Path(s).stem in ONCE else VARIANTS)]
+        jobs = [(s, v) for s in sources for v in variants_of(Path(s).stem)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = [o for built in pool.map(compile_one, jobs) for o in built]
         path = self.get_ext_fullpath(ext.name)

@@ -139,13 +139,20 @@ using Stack = std::array<int64_t, 3>;
 
 Tensor3 tensor(const Stack& t) { return {pointer(static_cast<uintptr_t>(t[0])), t[1], t[2]}; }
 
-// gate, up, down, their biases; rows of gate
-using PyMlps = std::tuple<std::array<Stack, 6>, int64_t, Activation, float>;
+// address or 0, strides of matrices and of rows of blocks, rows and columns of a block, whether they are exponents
+using PyScales = std::array<int64_t, 6>;
+
+Scales scales(const PyScales& s) {
+  return {pointer(static_cast<uintptr_t>(s[0])), s[1], s[2], s[3], s[4], s[5] != 0};
+}
+
+// gate, up, down, their biases; scales of the first three; rows of gate
+using PyMlps = std::tuple<std::array<Stack, 6>, std::array<PyScales, 3>, int64_t, Activation, float>;
 
 Mlps mlps(const PyMlps& m) {
-  const auto& [t, intermediate, activation, limit] = m;
-  return {tensor(t[0]), tensor(t[1]), tensor(t[2]), tensor(t[3]), tensor(t[4]), tensor(t[5]), intermediate,
-          activation, limit};
+  const auto& [t, s, intermediate, activation, limit] = m;
+  return {tensor(t[0]), tensor(t[1]), tensor(t[2]), tensor(t[3]), tensor(t[4]), tensor(t[5]),
+          scales(s[0]), scales(s[1]), scales(s[2]), intermediate, activation, limit};
 }
 
 void register_moe_experts(py::module_& m) {
@@ -159,12 +166,12 @@ void register_moe_experts(py::module_& m) {
   m.def(
       "moe_experts",
       [](const std::array<int64_t, 5>& sizes, uintptr_t x, int64_t x_stride, const Stack& ids, const Stack& weights,
-         const PyMlps& routed, const PyMlps& shared, uintptr_t out, Dtype dtype) {
+         const PyMlps& routed, const PyMlps& shared, uintptr_t out, Dtype dtype, bool fp8) {
         const auto [tokens, hidden, out_hidden, topk, num_experts] = sizes;
         const MoeExperts args{tokens, hidden, out_hidden, topk, num_experts, pointer(x), x_stride,
                               static_cast<const int64_t*>(tensor(ids).data), ids[1], ids[2],
                               static_cast<const float*>(tensor(weights).data), weights[1], weights[2], mlps(routed),
-                              mlps(shared), writable(out), dtype};
+                              mlps(shared), writable(out), dtype, fp8};
         launch([args] { moe_experts(args); });
       },
       "Experts and a shared MLP. sizes: tokens, hidden, out_hidden, topk, num_experts.");
@@ -174,23 +181,24 @@ void register_multi_linear(py::module_& m) {
   m.def(
       "multi_linear",
       [](uintptr_t x, int64_t x_stride, int64_t tokens, int64_t in_features,
-         const std::vector<std::array<int64_t, 5>>& weights, Dtype dtype, Dtype out_dtype) {
+         const std::vector<std::pair<std::array<int64_t, 5>, PyScales>>& weights, Dtype dtype, Dtype out_dtype,
+         bool fp8) {
         std::vector<MultiLinear::Weight> all;
         all.reserve(weights.size());
-        for (const auto& [data, stride, out_features, bias, out] : weights) {
+        for (const auto& [weight, scale] : weights) {
+          const auto [data, stride, out_features, bias, out] = weight;
           all.push_back({pointer(static_cast<uintptr_t>(data)), stride, out_features,
-                         pointer(static_cast<uintptr_t>(bias)), writable(static_cast<uintptr_t>(out))});
+                         pointer(static_cast<uintptr_t>(bias)), writable(static_cast<uintptr_t>(out)), scales(scale)});
         }
         const MultiLinear args{tokens, in_features, static_cast<int64_t>(all.size()), pointer(x), x_stride, nullptr,
-                               dtype,
-                               out_dtype};
+                               dtype, out_dtype, fp8};
         launch([args, all = std::move(all)] {
           MultiLinear call = args;
           call.weights = all.data();
           multi_linear(call);
         });
       },
-      "Linear layers of one input. weights: address, row stride, out_features, bias or 0, out of each.");
+      "Linear layers of one input. weights: (address, row stride, out_features, bias or 0, out) and scales of each.");
 }
 
 void register_moe_route(py::module_& m) {

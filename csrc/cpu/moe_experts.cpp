@@ -7,9 +7,9 @@
 #include <math.h>
 
 #include "dsopt/dtypes.h"
-#include "dsopt/gemm.h"
 #include "dsopt/kernels.h"
 #include "dsopt/math.h"
+#include "dsopt/matrix.h"
 #include "dsopt/parallel.h"
 
 namespace dsopt::DSOPT_VARIANT {
@@ -48,9 +48,10 @@ struct Unit {
   int64_t first, count;  // its choices
 };
 
-template <class T>
+// T: dtype of the input and of biases, W: of the matrices
+template <class T, class W>
 struct Experts {
-  using Element = typename Packing<T>::Element;
+  using Element = typename Packing<W>::Element;
   const MoeExperts& a;
   int64_t choices = 0;  // of routed experts; the shared one's follow
   int64_t units = 0;
@@ -60,7 +61,7 @@ struct Experts {
   int64_t piece;         // columns that are computed with at once in the second part
   int64_t columns;       // of an item of it
   int64_t shared_blocks = 0, routed_blocks = 0;
-  int64_t sums_size, private_size;  // floats
+  int64_t sums_size, work_size, private_size;  // floats
   int threads;
 
   Unit* unit;
@@ -72,8 +73,8 @@ struct Experts {
 
   explicit Experts(const MoeExperts& args) : a(args) {
     const int64_t most = a.tokens * a.topk + (a.shared.intermediate ? a.tokens : 0);
-    x_width = token_stride<T>(a.hidden);
-    h_width = token_stride<T>(max(a.routed.intermediate, a.shared.intermediate));
+    x_width = token_stride<W>(a.hidden);
+    h_width = token_stride<W>(max(a.routed.intermediate, a.shared.intermediate));
     threads = team_size(3 * a.hidden * (a.tokens * a.topk * a.routed.intermediate + a.tokens * a.shared.intermediate));
 
     many = a.tokens >= kGemmLeast;
@@ -82,7 +83,8 @@ struct Experts {
     // wide items read the activations less often
     columns = many ? 2 * piece : piece;
     sums_size = round_up(a.tokens * columns, 16);
-    private_size = sums_size + (many ? kGemmPanel + 2 * min(most, kGemmMost) * kColumns : 0);
+    work_size = max(many ? kGemmPanel : 0, round_up(few_tokens_memory<W>(max(a.hidden, max(a.routed.intermediate, a.shared.intermediate))), 16));
+    private_size = sums_size + work_size + 2 * min(most, many ? kGemmMost : kTileTokens) * kColumns;
 
     const auto bytes = [](int64_t count, int64_t size) { return round_up(count * size, 64); };
     const int64_t units_bytes = bytes(a.num_experts + 1, sizeof(Unit));
@@ -138,56 +140,50 @@ struct Experts {
     shared_blocks = (a.shared.intermediate + block - 1) / block;
   }
 
-  // rows from `first` on of one matrix of a stack, or elements of one vector
-  static Rows<T> rows(const Tensor3& w, int64_t index, int64_t first) {
-    return {static_cast<const T*>(w.data) + index * w.stride0 + first * w.stride1, w.stride1};
-  }
-
   static void add_bias(const Tensor3& bias, int64_t index, int64_t first, int64_t n, float* values) {
     if (!bias.data) return;
-    const Rows<T> b = rows(bias, index, first);
-    for (int64_t i = 0; i < n; ++i) values[i] += to_float(b.data[i * b.stride]);
+    const T* b = static_cast<const T*>(bias.data) + index * bias.stride0 + first * bias.stride1;
+    for (int64_t i = 0; i < n; ++i) values[i] += to_float(b[i * bias.stride1]);
   }
+
+  bool has_many(const Unit& u) const { return many && u.count >= kGemmPays; }
+  // choices of a unit that are computed with at once
+  int64_t at_once(const Unit& u, int64_t left) const { return part(left, has_many(u) ? kGemmMost : kTileTokens); }
 
   // y[i] = w @ operand(i) for `count` operands and n <= kColumns rows; y[i] are kColumns apart
   template <class F>
-  void product(const Rows<T>& w, int64_t n, int64_t k, int64_t count, F operand, float* panel, float* y) const {
+  static void product(bool many, const Matrix<W>& w, int64_t n, int64_t k, int64_t count, F operand, float* work,
+                      float* y) {
     const Element* operands[kGemmMost];
     for (int64_t i = 0; i < count; ++i) operands[i] = operand(i);
-    if (count <= kTileTokens) return dot_rows(w, n, operands, count, k, y, kColumns);
+    if (!many) return few_tokens(w, n, operands, count, k, work, y, kColumns);
     for (int64_t r = 0; r < n; r += kGemmRows) {
-      gemm_rows(w.from(r), min(kGemmRows, n - r), operands, count, k, panel, y + r, kColumns);
+      many_tokens(w.from(r), min(kGemmRows, n - r), operands, count, k, work, y + r, kColumns);
     }
-  }
-
-  // choices of a unit that are computed with at once
-  int64_t at_once(const Unit& u, int64_t left) const {
-    return part(left, many && u.count >= kGemmPays ? kGemmMost : kTileTokens);
   }
 
   // h[choices] of `n` intermediate features from `first` on
   void intermediate(const Unit& u, int64_t first, float* memory) const {
     const Mlps& m = *u.mlps;
     const int64_t n = min(block, m.intermediate - first);
-    const Rows<T> gate = rows(m.gate, u.index, first), up = rows(m.up, u.index, first);
-    float few[2][kTileTokens * kColumns];
-    float* panel = memory + sums_size;
+    const Matrix<W> gate = matrix<W>(m.gate, m.gate_scale, u.index).from(first);
+    const Matrix<W> up = matrix<W>(m.up, m.up_scale, u.index).from(first);
+    float* work = memory + sums_size;
     for (int64_t c = u.first, count; c < u.first + u.count; c += count) {
       count = at_once(u, u.first + u.count - c);
-      float* g = count > kTileTokens ? panel + kGemmPanel : few[0];
-      float* v = count > kTileTokens ? g + count * kColumns : few[1];
+      float *g = work + work_size, *v = g + count * kColumns;
       const auto tokens = [&](int64_t i) { return x + token[c + i] * x_width; };
-      product(gate, n, a.hidden, count, tokens, panel, g);
-      if (m.up.data) product(up, n, a.hidden, count, tokens, panel, v);
+      product(has_many(u), gate, n, a.hidden, count, tokens, work, g);
+      if (m.up.data) product(has_many(u), up, n, a.hidden, count, tokens, work, v);
       for (int64_t i = 0; i < count; ++i, g += kColumns, v += kColumns) {
         add_bias(m.gate_bias, u.index, first, n, g);
         if (m.up.data) add_bias(m.up_bias, u.index, first, n, v);
         activate_block(m, g, v, n);
         Element* to = h + (c + i) * h_width;
-        for (int64_t j = 0; j < n; ++j) store(to + Packing<T>::place(first + j), g[j]);
+        for (int64_t j = 0; j < n; ++j) store(to + Packing<W>::place(first + j), g[j]);
         if (first + n < m.intermediate) continue;
         // what is packed behind the last feature meets weights that are none
-        for (int64_t j = first + n; j < packed_width(m.intermediate); ++j) store(to + Packing<T>::place(j), 0.0f);
+        for (int64_t j = first + n; j < packed_width(m.intermediate); ++j) store(to + Packing<W>::place(j), 0.0f);
       }
     }
   }
@@ -228,14 +224,13 @@ struct Experts {
   // adds what a unit gives to n <= kColumns columns from `first` on
   void add_unit(const Unit& u, int64_t first, int64_t n, float* acc, float* memory) const {
     const Mlps& m = *u.mlps;
-    const Rows<T> down = rows(m.down, u.index, first);
-    float few[kTileTokens * kColumns];
-    float* panel = memory + sums_size;
+    const Matrix<W> down = matrix<W>(m.down, m.down_scale, u.index).from(first);
+    float* work = memory + sums_size;
     for (int64_t c = u.first, count; c < u.first + u.count; c += count) {
       count = at_once(u, u.first + u.count - c);
-      float* y = count > kTileTokens ? panel + kGemmPanel : few;
+      float* y = work + work_size;
       const auto hidden = [&](int64_t i) { return h + (c + i) * h_width; };
-      product(down, n, m.intermediate, count, hidden, panel, y);
+      product(has_many(u), down, n, m.intermediate, count, hidden, work, y);
       for (int64_t i = 0; i < count; ++i, y += kColumns) {
         add_bias(m.down_bias, u.index, first, n, y);
         float* to = acc + token[c + i] * columns;
@@ -252,7 +247,7 @@ struct Experts {
     Phase outputs{(a.out_hidden + columns - 1) / columns};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-      packing.run([&](int64_t t) { pack(static_cast<const T*>(a.x) + t * a.x_stride, a.hidden, x + t * x_width); });
+      packing.run([&](int64_t t) { pack<T, W>(static_cast<const T*>(a.x) + t * a.x_stride, a.hidden, x + t * x_width); });
       packing.wait();
       float* memory = private_memory + thread_index() * round_up(private_size, 16);
       features.run([&](int64_t i) {
@@ -269,7 +264,10 @@ struct Experts {
 }  // namespace
 
 void moe_experts(const MoeExperts& args) {
-  by_dtype(args.dtype, [&](auto element) { Experts<decltype(element)>(args).run(); });
+  by_dtype(args.dtype, [&](auto element) {
+    using T = decltype(element);
+    args.fp8 ? Experts<T, Fp8>(args).run() : Experts<T, T>(args).run();
+  });
 }
 
 }  // namespace dsopt::DSOPT_VARIANT

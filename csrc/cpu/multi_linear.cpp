@@ -1,7 +1,7 @@
 // Linear layers that share their input: one sweep over the rows of all weights.
 #include "dsopt/dtypes.h"
-#include "dsopt/gemm.h"
 #include "dsopt/kernels.h"
+#include "dsopt/matrix.h"
 #include "dsopt/parallel.h"
 
 namespace dsopt::DSOPT_VARIANT {
@@ -10,10 +10,10 @@ namespace {
 // weight rows of an item of work
 constexpr int64_t kBlock = 64;
 
-// T: dtype of the operands, Out: of the results
-template <class T, class Out>
+// T: dtype of the input, W: of the weights, Out: of the results
+template <class T, class W, class Out>
 struct Linears {
-  using Element = typename Packing<T>::Element;
+  using Element = typename Packing<W>::Element;
   const MultiLinear& a;
   const int64_t width;
   const bool many;  // tokens
@@ -22,11 +22,11 @@ struct Linears {
   int threads;
   Element* x;  // [token][width]
   float* private_memory;
-  int64_t private_size = 0;  // floats
+  int64_t work_size, private_size;  // floats
 
   explicit Linears(const MultiLinear& args)
       : a(args),
-        width(token_stride<T>(args.in_features)),
+        width(token_stride<W>(args.in_features)),
         many(args.tokens >= kGemmLeast),
         block(many ? kGemmRows : kBlock) {
     for (int64_t i = 0; i < a.count; ++i) {
@@ -35,7 +35,8 @@ struct Linears {
     }
     threads = team_size(a.tokens * a.in_features * rows);
     const int64_t x_bytes = round_up(a.tokens * width * static_cast<int64_t>(sizeof(Element)), 64);
-    if (many) private_size = kGemmPanel + min(a.tokens, kGemmMost) * kGemmRows;
+    work_size = many ? kGemmPanel : round_up(few_tokens_memory<W>(a.in_features), 16);
+    private_size = work_size + min(a.tokens, many ? kGemmMost : kTileTokens) * kBlock;
     char* memory = static_cast<char*>(scratch(static_cast<unsigned long>(
         x_bytes + threads * private_size * static_cast<int64_t>(sizeof(float)))));
     x = reinterpret_cast<Element*>(memory);
@@ -45,21 +46,14 @@ struct Linears {
   // out[:, first : first + n] of one weight
   void some_rows(const MultiLinear::Weight& w, int64_t first, float* memory) const {
     const int64_t n = min(block, w.out_features - first);
-    const Rows<T> weights{static_cast<const T*>(w.data) + first * w.stride, w.stride};
-    const int64_t most = many ? kGemmMost : kTileTokens;
-    for (int64_t t = 0; t < a.tokens;) {
-      const int64_t count = part(a.tokens - t, most);
+    const Matrix<W> weights = matrix<W>({w.data, 0, w.stride}, w.scale, 0).from(first);
+    float* y = memory + work_size;
+    for (int64_t t = 0, count; t < a.tokens; t += count) {
+      count = part(a.tokens - t, many ? kGemmMost : kTileTokens);
       const Element* tokens[kGemmMost];
       for (int64_t i = 0; i < count; ++i) tokens[i] = x + (t + i) * width;
-      float few[kTileTokens * kBlock];
-      float* y = many ? memory + kGemmPanel : few;
-      if (many) {
-        gemm_rows(weights, n, tokens, count, a.in_features, memory, y, block);
-      } else {
-        dot_rows(weights, n, tokens, count, a.in_features, y, block);
-      }
-      for (int64_t i = 0; i < count; ++i) write(w, t + i, first, n, y + i * block);
-      t += count;
+      (many ? many_tokens<W> : few_tokens<W>)(weights, n, tokens, count, a.in_features, memory, y, kBlock);
+      for (int64_t i = 0; i < count; ++i) write(w, t + i, first, n, y + i * kBlock);
     }
   }
 
@@ -79,7 +73,7 @@ struct Linears {
     Phase products{blocks};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-      packing.run([&](int64_t t) { pack(static_cast<const T*>(a.x) + t * a.x_stride, a.in_features, x + t * width); });
+      packing.run([&](int64_t t) { pack<T, W>(static_cast<const T*>(a.x) + t * a.x_stride, a.in_features, x + t * width); });
       packing.wait();
       float* memory = private_memory + thread_index() * private_size;
       products.run([&](int64_t i) {
@@ -91,12 +85,17 @@ struct Linears {
   }
 };
 
+template <class T, class W>
+void run(const MultiLinear& args) {
+  args.out_dtype == args.dtype ? Linears<T, W, T>(args).run() : Linears<T, W, float>(args).run();
+}
+
 }  // namespace
 
 void multi_linear(const MultiLinear& args) {
   by_dtype(args.dtype, [&](auto element) {
     using T = decltype(element);
-    args.out_dtype == args.dtype ? Linears<T, T>(args).run() : Linears<T, float>(args).run();
+    args.fp8 ? run<T, Fp8>(args) : run<T, T>(args);
   });
 }
 

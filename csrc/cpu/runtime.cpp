@@ -44,7 +44,9 @@ bool has(Isa isa) {
     case Isa::portable: return true;
     case Isa::avx2: return avx2;
     case Isa::avx512: return avx512;
-    case Isa::avx512_bf16: return avx512 && __builtin_cpu_supports("avx512bf16");
+    case Isa::avx512_vbmi: return avx512 && __builtin_cpu_supports("avx512vbmi");
+    // Cooper Lake has the one and not the other
+    case Isa::avx512_bf16: return has(Isa::avx512_vbmi) && __builtin_cpu_supports("avx512bf16");
   }
 #endif
   return isa == Isa::portable;

@@ -1,9 +1,12 @@
-"""Native gated MLP: the experts' kernel with one MLP that all tokens pass; for many tokens ATen's where it is faster."""
+"""Native gated MLP: the experts' kernel with one MLP that all tokens pass; for many tokens ATen's if it is faster."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from dsopt.kernels.cpu.fp8 import refuse_mixed, scales
 from dsopt.kernels.cpu.moe_experts import (
     ACTIVATIONS,
     NO_MLPS,
@@ -17,7 +20,6 @@ from dsopt.kernels.cpu.native import CPU, DTYPES, NATIVE, _cpu, plan, rows
 from dsopt.kernels.torch.gated_mlp import gated_mlp as aten_gated_mlp
 from dsopt.op import Kernel
 from dsopt.ops.linear import ACTIVATIONS as MLP_ACTIVATIONS
-from dsopt.ops.quant import refuse_scales
 
 
 def gated_mlp(
@@ -30,9 +32,13 @@ def gated_mlp(
     b_down: torch.Tensor | None = None,
     activation: str = "silu",
     limit: float | None = None,
-    *_,
+    scale_gate: torch.Tensor | None = None,
+    scale_up: torch.Tensor | None = None,
+    scale_down: torch.Tensor | None = None,
+    block: Sequence[int] = (128, 128),
 ) -> torch.Tensor:
-    if many_tokens(x):
+    fp8 = scale_gate is not None
+    if many_tokens(x) and not fp8:
         return aten_gated_mlp(x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation, limit)
     *tokens, hidden = x.shape
     out_hidden, intermediate = w_down.shape
@@ -44,6 +50,7 @@ def gated_mlp(
     operands = (w_gate, w_up, w_down, b_gate, b_up, b_down)
     mlp = (
         tuple(map(matrix, operands)),
+        tuple(scales(s, block) for s in (scale_gate, scale_up, scale_down)),
         intermediate,
         ACTIVATIONS[activation],
         UNLIMITED if limit is None else limit,
@@ -58,14 +65,16 @@ def gated_mlp(
         mlp,
         out.data_ptr(),
         NATIVE[x.dtype],
+        fp8,
     )
     return out
 
 
 def _check(
-    x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation, limit, *scales_and_block
-) -> str | None:  # fmt: skip
-    if reason := refuse_scales(*scales_and_block[:-1]):
+    x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation, limit, scale_gate, scale_up, scale_down, block
+) -> str | None:
+    matrices = {"w_gate": (w_gate, scale_gate), "w_up": (w_up, scale_up), "w_down": (w_down, scale_down)}
+    if reason := refuse_mixed(matrices, block):
         return reason
     if activation not in MLP_ACTIVATIONS:
         return f"computes {', '.join(MLP_ACTIVATIONS)}, got activation {activation}"
@@ -76,6 +85,7 @@ def _check(
         return f"needs a hidden and an intermediate width, got {hidden} and {intermediate}"
     return check_weights(
         x.dtype,
+        scale_gate is not None,
         {
             "w_gate": (w_gate, (intermediate, hidden)),
             "w_up": (w_up, (intermediate, hidden)),

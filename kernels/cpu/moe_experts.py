@@ -7,19 +7,21 @@ the processor has products of bfloat16 it is that beside weights of it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from dsopt.capture import known
+from dsopt.kernels.cpu.fp8 import UNSCALED, refuse_mixed, scales
 from dsopt.kernels.cpu.native import CPU, DTYPES, NATIVE, _cpu, dense_rows, plan, rows
 from dsopt.op import Kernel
-from dsopt.ops.quant import refuse_scales
 
 Stack = tuple[int, int, int]
 
 ACTIVATIONS = _cpu.Activation.__members__
 UNLIMITED = float("inf")
 NOTHING: Stack = (0, 0, 0)
-NO_MLPS = ((NOTHING,) * 6, 0, _cpu.Activation.silu, UNLIMITED)
+NO_MLPS = ((NOTHING,) * 6, (UNSCALED,) * 3, 0, _cpu.Activation.silu, UNLIMITED)
 _NO_CHOICES = (1, 0, 0)
 
 
@@ -50,7 +52,13 @@ def moe_experts(
     shared_gate: torch.Tensor | None = None,
     shared_up: torch.Tensor | None = None,
     shared_down: torch.Tensor | None = None,
-    *_,
+    scale13: torch.Tensor | None = None,
+    scale2: torch.Tensor | None = None,
+    scale3: torch.Tensor | None = None,
+    shared_scale_gate: torch.Tensor | None = None,
+    shared_scale_up: torch.Tensor | None = None,
+    shared_scale_down: torch.Tensor | None = None,
+    block: Sequence[int] = (128, 128),
 ) -> torch.Tensor:
     num_tokens, hidden = x.shape
     num_experts, out_hidden, intermediate = w2.shape
@@ -63,13 +71,15 @@ def moe_experts(
     ids, weights = ids.long(), weights.float()
     out = torch.empty(num_tokens, out_hidden, dtype=x.dtype, device=CPU)
     gate, up, gate_bias, up_bias = stack(w13), stack(w3), stack(b13), stack(b3)
+    gate_scale, up_scale = scales(scale13, block), scales(scale3, block)
     if gated and w3 is None:
-        item = w13.element_size()
-        gate, up = _halves(gate, item, intermediate, interleaved)
+        gate, up = _halves(gate, w13.element_size(), intermediate, interleaved)
+        up_scale = scales(scale13, block, intermediate)
         if b13 is not None:
-            gate_bias, up_bias = _halves(gate_bias, item, intermediate, interleaved)
+            gate_bias, up_bias = _halves(gate_bias, b13.element_size(), intermediate, interleaved)
     routed = (
         (gate, up, stack(w2), gate_bias, up_bias, stack(b2)),
+        (gate_scale, up_scale, scales(scale2, block)),
         intermediate,
         ACTIVATIONS[activation],
         UNLIMITED if limit is None else limit,
@@ -77,7 +87,12 @@ def moe_experts(
     shared = NO_MLPS
     if shared_gate is not None:
         mats = (matrix(shared_gate), matrix(shared_up), matrix(shared_down))
-        shared = ((*mats, *NO_MLPS[0][3:]), shared_gate.shape[0], _cpu.Activation.silu, UNLIMITED)
+        shared_scales = tuple(
+            scales(s, block) for s in (shared_scale_gate, shared_scale_up, shared_scale_down)
+        )
+        shared = (
+            (*mats, *NO_MLPS[0][3:]), shared_scales, shared_gate.shape[0], _cpu.Activation.silu, UNLIMITED
+        )  # fmt: skip
     _cpu.moe_experts(
         (num_tokens, hidden, out_hidden, topk, num_experts),
         x.data_ptr(),
@@ -88,6 +103,7 @@ def moe_experts(
         shared,
         out.data_ptr(),
         NATIVE[x.dtype],
+        scale2 is not None,
     )
     return out
 
@@ -102,10 +118,17 @@ def _halves(both: Stack, item: int, intermediate: int, interleaved: bool) -> tup
 
 def _check(
     x, ids, weights, w13, w2, w3, b13, b2, b3, activation, gated, interleaved, limit,
-    shared_gate, shared_up, shared_down, *scales_and_block,
+    shared_gate, shared_up, shared_down,
+    scale13, scale2, scale3, shared_scale_gate, shared_scale_up, shared_scale_down, block,
 ) -> str | None:  # fmt: skip
-    if reason := refuse_scales(*scales_and_block[:-1]):
+    matrices = {
+        "w13": (w13, scale13), "w2": (w2, scale2), "w3": (w3, scale3), "shared_gate": (shared_gate, shared_scale_gate),
+        "shared_up": (shared_up, shared_scale_up), "shared_down": (shared_down, shared_scale_down),
+    }  # fmt: skip
+    if reason := refuse_mixed(matrices, block):
         return reason
+    if scale13 is not None and gated and w3 is None and (interleaved or w2.shape[-1] % block[0]):
+        return "needs the rows of gate and of up in FP8 apart, in blocks of their own"
     if activation not in ACTIVATIONS:
         return f"computes {', '.join(ACTIVATIONS)}, got activation {activation}"
     if x.ndim != 2 or known(x.shape[1] == 0) or w2.ndim != 3:
@@ -139,24 +162,26 @@ def _check(
             "shared_up": (shared_up, (inner, hidden)),
             "shared_down": (shared_down, (out_hidden, inner)),
         }
-    return check_weights(x.dtype, wanted)
+    return check_weights(x.dtype, scale2 is not None, wanted)
 
 
 def check_weights(
-    dtype: torch.dtype, wanted: dict[str, tuple[torch.Tensor | None, tuple[int, ...]]]
+    dtype: torch.dtype, fp8: bool, wanted: dict[str, tuple[torch.Tensor | None, tuple[int, ...]]]
 ) -> str | None:
     """Why weights are not read where they lie, or None: another dtype, device or shape, or rows that are not dense.
 
-    wanted: name -> tensor or None, and the shape it must have.
+    fp8: matrices are in FP8, which has been checked, beside biases of dtype.
+    wanted: name -> tensor or None, and the shape it must have; names of biases start with b.
     """
     for name, (w, shape) in wanted.items():
         if w is None:
             continue
-        if w.dtype != dtype or w.device.type != "cpu":
+        is_bias = name.startswith("b")
+        if (w.dtype != dtype and (is_bias or not fp8)) or w.device.type != "cpu":
             return f"needs {name} of x's dtype {dtype} on the CPU, got {w.dtype} on {w.device}"
         if w.ndim != len(shape) or any(known(a != b) for a, b in zip(w.shape, shape, strict=True)):
             return f"needs {name} of shape {list(shape)}, got {list(w.shape)}"
-        if not name.startswith("b") and not dense_rows(w):
+        if not is_bias and not dense_rows(w):
             return f"needs dense rows of {name}, got strides {w.stride()}"
     return None
 

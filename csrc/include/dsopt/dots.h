@@ -6,7 +6,7 @@
 // are computed with it.
 #pragma once
 
-#include "dsopt/simd.h"
+#include "dsopt/fp8.h"
 
 namespace dsopt::DSOPT_VARIANT {
 
@@ -57,6 +57,13 @@ struct Packing<Bf16> {
 };
 #endif
 
+// Weights in FP8 are widened as those in bfloat16 are, and meet tokens packed in the same order.
+template <>
+struct Packing<Fp8> {
+  using Element = float;
+  static constexpr int64_t place(int64_t i) { return i / kStep * kStep + i % 2 * kLanes + i % kStep / 2; }
+};
+
 // Elements of a packed token of width k.
 constexpr int64_t packed_width(int64_t k) { return (k + kStep - 1) / kStep * kStep; }
 
@@ -68,23 +75,26 @@ constexpr int64_t token_stride(int64_t k) {
   return ((packed_width(k) + line - 1) / line | 1) * line;
 }
 
-// x (k elements of dtype T) as a packed token of packed_width(k) elements
-template <class T>
-void pack(const T* x, int64_t k, typename Packing<T>::Element* out) {
-  using Element = typename Packing<T>::Element;
+// x (k elements of dtype T) as a packed token of packed_width(k) elements, for weights of dtype W
+template <class T, class W = T>
+void pack(const T* x, int64_t k, typename Packing<W>::Element* out) {
+  using Element = typename Packing<W>::Element;
   int64_t i = 0;
-  if constexpr (sizeof(T) == sizeof(Element)) {
+  if constexpr (sizeof(W) == sizeof(Element)) {
     for (; i < k; ++i) out[i] = x[i];
     for (; i < packed_width(k); ++i) store(out + i, 0.0f);
   } else {
     for (; i + kStep <= k; i += kStep) {
-      store(out + i, Packing<T>::weights(x + i, 0));
-      store(out + i + kLanes, Packing<T>::weights(x + i, 1));
+      if constexpr (sizeof(T) == sizeof(W)) {
+        store(out + i, Packing<T>::weights(x + i, 0));
+        store(out + i + kLanes, Packing<T>::weights(x + i, 1));
+      } else {
+        const Vec a = load(x + i), b = load(x + i + kLanes);
+        for (int part = 0; part < 2; ++part) store(out + i + part * kLanes, part == 0 ? evens(a, b) : odds(a, b));
+      }
     }
-    if (i < k) {
-      for (int64_t j = 0; j < kStep; ++j) out[i + j] = 0.0f;
-      for (; i < k; ++i) out[Packing<T>::place(i)] = to_float(x[i]);
-    }
+    for (int64_t j = i; j < packed_width(k); ++j) out[j] = 0.0f;
+    for (; i < k; ++i) out[Packing<W>::place(i)] = to_float(x[i]);
   }
 }
 
@@ -108,6 +118,24 @@ template <class T>
 DSOPT_INLINE Streams streams(Rows<T> w, int64_t tiles, int tile, int64_t k) {
   const bool is_short = tiles > 1 && k * static_cast<int64_t>(sizeof(T)) <= 3072;
   return is_short ? Streams{tiles, w.stride} : Streams{1, tile * w.stride};
+}
+
+// out[r * step] = sum of acc[r]; the same tree over the lanes for any number of rows
+template <int ROWS>
+DSOPT_INLINE void store_sums(const Vec (&acc)[ROWS], float* out, int64_t step) {
+  if constexpr (ROWS % 4 == 0) {
+    DSOPT_UNROLL
+    for (int r = 0; r < ROWS; r += 4) {
+      Vec four = add_pairs(add_pairs(acc[r], acc[r + 1]), add_pairs(acc[r + 2], acc[r + 3]));
+      for (int n = kLanes; n > 4; n /= 2) four = add_pairs(four, four);
+      float part[4];
+      __builtin_memcpy(part, &four, sizeof part);
+      for (int i = 0; i < 4; ++i) out[(r + i) * step] = part[i];
+    }
+  } else {
+    DSOPT_UNROLL
+    for (int r = 0; r < ROWS; ++r) out[r * step] = sum(acc[r]);
+  }
 }
 
 // out[t * out_stride + r * by.step] = <w[r * by.step], x[t]> for r < ROWS, t < TOKENS; w[r] are k long, x[t] packed.
@@ -184,19 +212,10 @@ DSOPT_INLINE void dot_block(Rows<T> w, const typename Packing<T>::Element* const
 
   DSOPT_UNROLL
   for (int t = 0; t < TOKENS; ++t) {
-    if constexpr (ROWS % 4 == 0) {
-      DSOPT_UNROLL
-      for (int r = 0; r < ROWS; r += 4) {
-        Vec four = add_pairs(add_pairs(acc[r][t], acc[r + 1][t]), add_pairs(acc[r + 2][t], acc[r + 3][t]));
-        for (int n = kLanes; n > 4; n /= 2) four = add_pairs(four, four);
-        float part[4];
-        __builtin_memcpy(part, &four, sizeof part);
-        for (int i = 0; i < 4; ++i) out[t * out_stride + (r + i) * by.step] = part[i];
-      }
-    } else {
-      DSOPT_UNROLL
-      for (int r = 0; r < ROWS; ++r) out[t * out_stride + r * by.step] = sum(acc[r][t]);
-    }
+    Vec sums_of[ROWS];
+    DSOPT_UNROLL
+    for (int r = 0; r < ROWS; ++r) sums_of[r] = acc[r][t];
+    store_sums<ROWS>(sums_of, out + t * out_stride, by.step);
   }
 }
 

@@ -156,17 +156,18 @@ void gemm_tokens(int64_t tokens, const float* const* x, int64_t first, const flo
   }
 }
 
-// out[t * out_stride + r] = <w[r], x[t]> for rows <= kGemmRows and kGemmLeast <= tokens
-// w[r] are k long, x[t] packed; panel: memory of kGemmPanel; rows of `out` have room for whole vectors
-template <class T>
-void gemm_rows(Rows<T> w, int64_t rows, const typename Packing<T>::Element* const* x, int64_t tokens, int64_t k,
-               float* panel, float* out, int64_t out_stride) {
+// out[t * out_stride + r] = <w[r], x[t]> for rows <= kGemmRows and many tokens, 20 at least
+// w[r] are k long, x[t] packed; turn(first, last) makes `panel`, memory of kGemmPanel, of elements first .. last of
+// the rows; rows of `out` have room for whole vectors
+template <class T, class Turn>
+void gemm_rows(const Turn& turn, int64_t rows, const typename Packing<T>::Element* const* x, int64_t tokens, int64_t k,
+               const float* panel, float* out, int64_t out_stride) {
   const float* const* packed = reinterpret_cast<const float* const*>(x);
   const auto multiply = rows > kLanes ? gemm_tokens<kGemmVecs, T> : gemm_tokens<1, T>;
   const int64_t tiles = (tokens + kGemmTokens - 1) / kGemmTokens;
   for (int64_t at = 0; at == 0 || at < k; at += kGemmDepth) {
     const int64_t last = min(k, at + kGemmDepth);
-    turn_rows(w, rows, at, last, panel);
+    turn(at, last);
     const int64_t first = at / Lane<T>::kElements, depth = round_up(last - at, kStep) / Lane<T>::kElements;
     // tiles of nearly one size: none is so small that its chains of sums are waited for
     for (int64_t i = 0; i < tiles; ++i) {

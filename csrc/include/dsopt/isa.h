@@ -7,7 +7,7 @@
 
 #if defined(__x86_64__)
 #define DSOPT_X86 1
-#define DSOPT_FOR_EACH_ISA(X) X(portable) X(avx2) X(avx512) X(avx512_bf16)
+#define DSOPT_FOR_EACH_ISA(X) X(portable) X(avx2) X(avx512) X(avx512_vbmi) X(avx512_bf16)
 #else
 #define DSOPT_X86 0
 #define DSOPT_FOR_EACH_ISA(X) X(portable)
@@ -36,12 +36,14 @@ void trim_scratch();
 
 }  // namespace dsopt
 
-// Declares `kernel(const Args&)` of every instruction set, and dsopt::kernel that calls the active one.
+// Declares `kernel(const Args&)` of every instruction set, and dsopt::kernel that calls the active one. DSOPT_FP8_KERNEL:
+// of a kernel that avx512_vbmi has of its own, for the byte look-ups with which FP8 is widened.
 #if DSOPT_X86
-#define DSOPT_KERNEL(kernel, Args)                               \
+#define DSOPT_KERNELS(kernel, Args, vbmi)                        \
   namespace dsopt::portable { void kernel(const Args&); }        \
   namespace dsopt::avx2 { void kernel(const Args&); }            \
   namespace dsopt::avx512 { void kernel(const Args&); }          \
+  namespace dsopt::avx512_vbmi { void kernel(const Args&); }     \
   namespace dsopt::avx512_bf16 { void kernel(const Args&); }     \
   namespace dsopt {                                              \
   inline void kernel(const Args& args) {                         \
@@ -49,14 +51,18 @@ void trim_scratch();
       case Isa::portable: return portable::kernel(args);         \
       case Isa::avx2: return avx2::kernel(args);                 \
       case Isa::avx512: return avx512::kernel(args);             \
+      case Isa::avx512_vbmi: return vbmi::kernel(args);          \
       case Isa::avx512_bf16: return avx512_bf16::kernel(args);   \
     }                                                            \
   }                                                              \
   }
+#define DSOPT_KERNEL(kernel, Args) DSOPT_KERNELS(kernel, Args, avx512)
+#define DSOPT_FP8_KERNEL(kernel, Args) DSOPT_KERNELS(kernel, Args, avx512_vbmi)
 #else
 #define DSOPT_KERNEL(kernel, Args)                               \
   namespace dsopt::portable { void kernel(const Args&); }        \
   namespace dsopt {                                              \
   inline void kernel(const Args& args) { portable::kernel(args); } \
   }
+#define DSOPT_FP8_KERNEL DSOPT_KERNEL
 #endif

@@ -34,6 +34,14 @@ struct Tensor4 {
   int64_t stride0, stride1, stride2;
 };
 
+// Scales of a stack of matrices in FP8: one for each block of rows x columns; null for matrices that have none
+struct Scales {
+  const void* data;
+  int64_t stride0, stride1;  // elements from one matrix to the next, from one row of blocks to the next
+  int64_t rows, columns;     // of a block
+  bool exponents;            // bytes e that stand for 2^(e - 127), else float32
+};
+
 // Latent attention, absorbed or expanded; shapes and meaning as dsopt.ops.attention.mla_attention_reference
 struct MlaAttention {
   int64_t batch, heads, tokens, cached, rank, nope, rope, value;
@@ -71,6 +79,7 @@ enum class Activation { silu, gelu, gelu_tanh, relu, relu2, swiglu_oai };
 struct Mlps {
   Tensor3 gate, up, down;
   Tensor3 gate_bias, up_bias, down_bias;
+  Scales gate_scale, up_scale, down_scale;
   int64_t intermediate;
   Activation activation;
   float limit;  // infinity for none
@@ -90,6 +99,7 @@ struct MoeExperts {
   Mlps shared;  // one MLP, or intermediate 0 for none
   void* out;    // tokens x out_hidden, dense
   Dtype dtype;
+  bool fp8;     // all matrices are, with scales; biases are not
 };
 
 // out[i] = x @ w[i]^T + bias[i] for `count` weights
@@ -102,9 +112,11 @@ struct MultiLinear {
     int64_t stride, out_features;
     const void* bias;  // dense, or null
     void* out;         // tokens x out_features, dense
+    Scales scale;
   };
   const Weight* weights;
   Dtype dtype, out_dtype;  // the results' is the operands' or float32
+  bool fp8;                // all weights are, with scales; biases are not
 };
 
 enum class Scoring { softmax, sigmoid, sqrtsoftplus };
@@ -143,7 +155,7 @@ DSOPT_KERNEL(mla_attention, MlaAttention)
 DSOPT_KERNEL(mla_prefill, MlaAttention)
 DSOPT_KERNEL(attention, GroupedAttention)
 DSOPT_KERNEL(attention_prefill, GroupedAttention)
-DSOPT_KERNEL(moe_experts, MoeExperts)
-DSOPT_KERNEL(multi_linear, MultiLinear)
+DSOPT_FP8_KERNEL(moe_experts, MoeExperts)
+DSOPT_FP8_KERNEL(multi_linear, MultiLinear)
 DSOPT_KERNEL(moe_route, MoeRoute)
 DSOPT_KERNEL(rope, Rope)

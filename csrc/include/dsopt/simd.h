@@ -206,35 +206,35 @@ DSOPT_INLINE void store_some(T* p, Vec v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = part[i];
 }
 
-// [a0+a1, a2+a3, ..., b0+b1, b2+b3, ...]
+// [a0, a2, ..., b0, b2, ...] and [a1, a3, ..., b1, b3, ...]
 #if defined(__clang__)
 #define DSOPT_PICK(...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
 #define DSOPT_PICK(...) __builtin_shuffle(a, b, VecI{__VA_ARGS__})
 #endif
-DSOPT_INLINE Vec add_pairs(Vec a, Vec b) {
+DSOPT_INLINE Vec evens(Vec a, Vec b) {
 #if defined(__AVX512F__)
-  return DSOPT_PICK(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-         DSOPT_PICK(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  return DSOPT_PICK(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
 #elif defined(__AVX2__)
-  return DSOPT_PICK(0, 2, 4, 6, 8, 10, 12, 14) + DSOPT_PICK(1, 3, 5, 7, 9, 11, 13, 15);
+  return DSOPT_PICK(0, 2, 4, 6, 8, 10, 12, 14);
 #else
-  return DSOPT_PICK(0, 2, 4, 6) + DSOPT_PICK(1, 3, 5, 7);
+  return DSOPT_PICK(0, 2, 4, 6);
 #endif
 }
-
-// like add_pairs, the larger of each pair
-DSOPT_INLINE Vec max_pairs(Vec a, Vec b) {
+DSOPT_INLINE Vec odds(Vec a, Vec b) {
 #if defined(__AVX512F__)
-  return max(DSOPT_PICK(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
-             DSOPT_PICK(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31));
+  return DSOPT_PICK(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 #elif defined(__AVX2__)
-  return max(DSOPT_PICK(0, 2, 4, 6, 8, 10, 12, 14), DSOPT_PICK(1, 3, 5, 7, 9, 11, 13, 15));
+  return DSOPT_PICK(1, 3, 5, 7, 9, 11, 13, 15);
 #else
-  return max(DSOPT_PICK(0, 2, 4, 6), DSOPT_PICK(1, 3, 5, 7));
+  return DSOPT_PICK(1, 3, 5, 7);
 #endif
 }
 #undef DSOPT_PICK
+
+// [a0+a1, a2+a3, ..., b0+b1, b2+b3, ...], and the larger of each pair
+DSOPT_INLINE Vec add_pairs(Vec a, Vec b) { return evens(a, b) + odds(a, b); }
+DSOPT_INLINE Vec max_pairs(Vec a, Vec b) { return max(evens(a, b), odds(a, b)); }
 
 DSOPT_INLINE float max(Vec v) {
   for (int n = kLanes; n > 1; n /= 2) v = max_pairs(v, v);
