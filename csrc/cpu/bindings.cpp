@@ -35,6 +35,13 @@ using Stack4 = std::pair<uintptr_t, std::array<int64_t, 4>>;
 Tensor3 tensor(const Stack3& t) { return {pointer(t.first), t.second[0], t.second[1]}; }
 Tensor4 tensor(const Stack4& t) { return {pointer(t.first), t.second[0], t.second[1], t.second[2]}; }
 
+// address or 0, strides of matrices and of rows of blocks, rows and columns of a block, whether they are exponents
+using PyScales = std::array<int64_t, 6>;
+
+Scales scales(const PyScales& s) {
+  return {pointer(static_cast<uintptr_t>(s[0])), s[1], s[2], s[3], s[4], s[5] != 0};
+}
+
 // Makes a call of a kernel, and keeps it if a program is being recorded.
 template <class Call>
 void launch(const Call& call) {
@@ -98,12 +105,13 @@ void register_mla_attention(py::module_& m) {
         name,
         [kernel](const std::array<int64_t, 8>& sizes, const Stack4& q_nope, const Stack4& q_rope, const Stack3& latent,
                  const Stack3& k_rope, const Stack3& w_uk, const Stack3& w_uv, const Stack3& mask, Mask mask_kind,
-                 float hidden, uintptr_t out, float scale, bool causal, Dtype dtype) {
+                 float hidden, uintptr_t out, float scale, bool causal, Dtype dtype,
+                 const std::array<PyScales, 3>& scale_of) {
           const auto [batch, heads, tokens, cached, rank, nope, rope, value] = sizes;
           const MlaAttention args{batch, heads, tokens, cached, rank, nope, rope, value,
                                   tensor(q_nope), tensor(q_rope), tensor(latent), tensor(k_rope), tensor(w_uk),
                                   tensor(w_uv), tensor(mask), writable(out), scale, hidden, mask_kind,
-                                  dtype, causal};
+                                  dtype, causal, scales(scale_of[0]), scales(scale_of[1]), scales(scale_of[2])};
           launch([kernel, args] { kernel(args); });
         },
         doc);
@@ -138,13 +146,6 @@ void register_attention(py::module_& m) {
 using Stack = std::array<int64_t, 3>;
 
 Tensor3 tensor(const Stack& t) { return {pointer(static_cast<uintptr_t>(t[0])), t[1], t[2]}; }
-
-// address or 0, strides of matrices and of rows of blocks, rows and columns of a block, whether they are exponents
-using PyScales = std::array<int64_t, 6>;
-
-Scales scales(const PyScales& s) {
-  return {pointer(static_cast<uintptr_t>(s[0])), s[1], s[2], s[3], s[4], s[5] != 0};
-}
 
 // gate, up, down, their biases; scales of the first three; rows of gate
 using PyMlps = std::tuple<std::array<Stack, 6>, std::array<PyScales, 3>, int64_t, Activation, float>;

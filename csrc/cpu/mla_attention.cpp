@@ -15,6 +15,7 @@
 #include "dsopt/lanes.h"
 #include "dsopt/masks.h"
 #include "dsopt/parallel.h"
+#include "dsopt/scales.h"
 #include "dsopt/simd.h"
 #include "dsopt/softmax.h"
 #include "dsopt/tiles.h"
@@ -67,7 +68,8 @@ struct Attention {
     const int64_t flags_size = round_up(masks.flags_size(a.batch * a.tokens), 64) / 4;
     const int64_t value_pad = round_up(a.value, kPad);
     const int64_t block = block_size() + 2 * kPanel * kChunk + kGroup * (2 + l.rank_pad);
-    const int64_t heads = kDotRows * (round_up(a.nope, kPad) + l.rank_pad + round_up(a.rope, kPad) + value_pad);
+    const int64_t heads = kDotRows * (round_up(a.nope, kPad) + l.rank_pad + round_up(a.rope, kPad) + value_pad) +
+                          kWeightRows * l.rank_pad;
     private_size = round_up(block > heads ? block : heads, kPad);
     const int64_t floats = queries_size + partials_size + flags_size + threads * private_size;
     queries = static_cast<float*>(scratch(static_cast<unsigned long>(floats) * sizeof(float)));
@@ -141,12 +143,18 @@ struct Attention {
       out[i] = rope + ROWS * rope_pad + i * l.rank_pad;
       for (int64_t c = 0; c < l.rank_pad; ++c) out[i][c] = 0.0f;
     }
-    const T* w = static_cast<const T*>(a.w_uk.data) + head * a.w_uk.stride0;
     // a few rows of w at a time: reads memory in order, while the results stay in the first-level cache
     for (int64_t d = 0; d < a.nope; d += kWeightRows) {
-      const T* rows = w + d * a.w_uk.stride1;
-      sum_rows<ROWS, kSumVecs, true>(nope + d, nope_pad, min(kWeightRows, a.nope - d), rows, a.w_uk.stride1, a.rank,
-                                     d == 0 ? zero : one, out, kWeightRows * a.w_uk.stride1);
+      const int64_t count = min(kWeightRows, a.nope - d);
+      const float* keep = d == 0 ? zero : one;
+      if (a.w_uk_scale.data) {
+        widen_weights(a.w_uk, a.w_uk_scale, head, d, count, out[0] + ROWS * l.rank_pad);
+        sum_rows<ROWS, kSumVecs>(nope + d, nope_pad, count, out[0] + ROWS * l.rank_pad, l.rank_pad, a.rank, keep, out);
+      } else {
+        const T* rows = static_cast<const T*>(a.w_uk.data) + head * a.w_uk.stride0 + d * a.w_uk.stride1;
+        sum_rows<ROWS, kSumVecs, true>(nope + d, nope_pad, count, rows, a.w_uk.stride1, a.rank, keep, out,
+                                       kWeightRows * a.w_uk.stride1);
+      }
     }
     for (int i = 0; i < ROWS; ++i) {
       const int64_t b = (first + i) / a.tokens, row = (first + i) % a.tokens * a.heads + head;
@@ -155,6 +163,15 @@ struct Attention {
       for (int64_t d = 0; d < l.width_pad - a.rank; ++d) {
         p.row[(a.rank + d) * p.step] = d < a.rope ? rope[i * rope_pad + d] : 0.0f;
       }
+    }
+  }
+
+  // `count` rows of a head's weights in FP8, rank_pad apart
+  void widen_weights(const Tensor3& w, const Scales& scales, int64_t head, int64_t first, int64_t count,
+                     float* to) const {
+    const Fp8* rows = static_cast<const Fp8*>(w.data) + head * w.stride0;
+    for (int64_t i = first; i < first + count; ++i, to += l.rank_pad) {
+      widen_scaled(rows + i * w.stride1, scales_of(scales, head), i, 0, a.rank, to);
     }
   }
 
@@ -168,6 +185,12 @@ struct Attention {
 
   const T* latent(int64_t b, int64_t t) const {
     return static_cast<const T*>(a.latent.data) + b * a.latent.stride0 + t * a.latent.stride1;
+  }
+
+  // elements from .. from + n of a latent in FP8
+  void widen_latent(int64_t b, int64_t t, int64_t from, int64_t n, float* to) const {
+    const Fp8* x = static_cast<const Fp8*>(a.latent.data) + b * a.latent.stride0 + t * a.latent.stride1;
+    widen_scaled(x, scales_of(a.latent_scale, b), t, from, n, to);
   }
 
   const T* k_rope(int64_t b, int64_t t) const {
@@ -186,13 +209,21 @@ struct Attention {
       for (int64_t i = part.from; i < part.to; i += kWide) {
         float* slice = block + wide_at(kChunk, t, i);
         if (i + kWide <= min(part.to, a.rank)) {
+          if (a.latent_scale.data) {
+            widen_latent(b, start + t, i, kWide, slice);
+            continue;
+          }
           const T* x = latent(b, start + t) + i;
           DSOPT_UNROLL
           for (int64_t j = 0; j < kWide; j += kLanes) store(slice + j, load(x + j));
           continue;
         }
         const int64_t end = min(i + kWide, part.to), of_latent = max(int64_t{0}, min(end, a.rank) - i);
-        widen_row(latent(b, start + t), i, of_latent, slice);
+        if (a.latent_scale.data) {
+          widen_latent(b, start + t, i, of_latent, slice);
+        } else {
+          widen_row(latent(b, start + t), i, of_latent, slice);
+        }
         widen_row(k_rope(b, start + t), max(i, a.rank) - a.rank, end - i - of_latent, slice + of_latent);
         for (int64_t j = end - i; j % kLanes; ++j) slice[j] = 0.0f;
       }
@@ -203,7 +234,9 @@ struct Attention {
   void prefetch(int64_t b, int64_t start, Part part) const {
     constexpr int64_t line = 64 / sizeof(T);
     for (int64_t t = start + part.first; t < min(start + part.last, a.cached); ++t) {
-      for (int64_t i = part.from; i < min(part.to, a.rank); i += line) __builtin_prefetch(latent(b, t) + i, 0, 2);
+      const int64_t size = a.latent_scale.data ? 1 : sizeof(T);
+      const char* x = static_cast<const char*>(a.latent.data) + (b * a.latent.stride0 + t * a.latent.stride1) * size;
+      for (int64_t i = part.from * size; i < min(part.to, a.rank) * size; i += 64) __builtin_prefetch(x + i, 0, 2);
       for (int64_t i = max(part.from, a.rank) - a.rank; i < part.to - a.rank; i += line) {
         __builtin_prefetch(k_rope(b, t) + i, 0, 2);
       }
@@ -391,8 +424,17 @@ struct Attention {
       // behind the latent a block holds other things
       for (int64_t c = a.rank; c < l.rank_pad; ++c) p.sum[c] = 0.0f;
     }
-    const T* w = static_cast<const T*>(a.w_uv.data) + head * a.w_uv.stride0;
     for (int64_t v = 0; v < a.value; v += kDotKeys) {
+      if (a.w_uv_scale.data) {
+        float* const wide = sums + ROWS * l.rank_pad;
+        const int64_t count = min(kDotKeys, a.value - v);
+        widen_weights(a.w_uv, a.w_uv_scale, head, v, count, wide);
+        const float* rows[4];
+        for (int64_t j = 0; j < 4; ++j) rows[j] = wide + min(j, count - 1) * l.rank_pad;
+        dot_tile<ROWS>(sums, l.rank_pad, rows, a.rank, results + v, value_pad);
+        continue;
+      }
+      const T* w = static_cast<const T*>(a.w_uv.data) + head * a.w_uv.stride0;
       const T* rows[4];
       for (int j = 0; j < 4; ++j) rows[j] = w + min(v + j, a.value - 1) * a.w_uv.stride1;
       dot_tile<ROWS, true>(sums, l.rank_pad, rows, a.rank, results + v, value_pad, 2 * kDotKeys * a.w_uv.stride1);

@@ -13,6 +13,7 @@
 #include "dsopt/dtypes.h"
 #include "dsopt/kernels.h"
 #include "dsopt/parallel.h"
+#include "dsopt/scales.h"
 
 namespace dsopt::DSOPT_VARIANT {
 namespace {
@@ -38,6 +39,7 @@ struct Prefill {
     float* values;        // panels of kBlock rows, value_pad columns
     float* tile;          // left operand of rank or depth columns
     float* scores;        // [kTileRows][kTileStride]
+    float* wide;          // one latent, or a head's weights, that are in FP8
     float *maximum, *total;  // [part_size]
     float* sum;           // [part_size][value_pad]
     int64_t head;         // whose weights are there
@@ -63,15 +65,21 @@ struct Prefill {
   }
 
   struct Sizes {
-    int64_t weights_k, weights_v, nope, keys, values, tile, scores, row, sum, total;
+    int64_t weights_k, weights_v, nope, keys, values, tile, scores, wide, row, sum, total;
   };
 
   Sizes sizes() const {
     Sizes s{a.rank * nope_pad, a.rank * value_pad, kBlock * nope_pad, kBlock * depth, kBlock * value_pad,
-            tile_size(max(a.rank, depth)), tile_size(kBlock), round_up(part_size, 16), part_size * value_pad, 0};
-    s.total = s.weights_k + s.weights_v + s.nope + s.keys + s.values + s.tile + s.scores + 2 * s.row + s.sum;
+            tile_size(max(a.rank, depth)), tile_size(kBlock), wide_size(), round_up(part_size, 16),
+            part_size * value_pad, 0};
+    s.total = s.weights_k + s.weights_v + s.nope + s.keys + s.values + s.tile + s.scores + s.wide + 2 * s.row + s.sum;
     s.total = round_up(s.total, 16);
     return s;
+  }
+
+  int64_t wide_size() const {
+    if (a.w_uk_scale.data) return max(a.nope, a.value) * a.rank;
+    return a.latent_scale.data ? a.rank : 0;
   }
 
   Memory memory_of(int thread) const {
@@ -81,14 +89,15 @@ struct Prefill {
     Memory m;
     m.w_uk = take(s.weights_k), m.w_uv = take(s.weights_v);
     m.nope = take(s.nope), m.keys = take(s.keys), m.values = take(s.values);
-    m.tile = take(s.tile), m.scores = take(s.scores);
+    m.tile = take(s.tile), m.scores = take(s.scores), m.wide = take(s.wide);
     m.maximum = take(s.row), m.total = take(s.row), m.sum = take(s.sum);
     m.head = -1;
     return m;
   }
 
-  static const T* row(const Tensor3& x, int64_t i, int64_t j) {
-    return static_cast<const T*>(x.data) + i * x.stride0 + j * x.stride1;
+  template <class E = T>
+  static const E* row(const Tensor3& x, int64_t i, int64_t j) {
+    return static_cast<const E*>(x.data) + i * x.stride0 + j * x.stride1;
   }
 
   static const T* row(const Tensor4& x, int64_t i, int64_t j, int64_t k) {
@@ -107,8 +116,17 @@ struct Prefill {
     const int64_t at = block * kBlock;
     for (int64_t t = first; t < last; t += kTileRows) {
       const int64_t rows = min(kTileRows, last - t);
-      for (int64_t r = 0; r < rows; ++r) widen(row(a.latent, b, at + t + r), a.rank, 1.0f, m.tile, r, 0);
-      for (int64_t r = t + kTileRows; r < min(last, t + 2 * kTileRows); ++r) fetch(row(a.latent, b, at + r), a.rank);
+      for (int64_t r = 0; r < rows; ++r) {
+        if (!a.latent_scale.data) {
+          widen(row(a.latent, b, at + t + r), a.rank, 1.0f, m.tile, r, 0);
+          continue;
+        }
+        widen_scaled(row<Fp8>(a.latent, b, at + t + r), scales_of(a.latent_scale, b), at + t + r, 0, a.rank, m.wide);
+        widen(m.wide, a.rank, 1.0f, m.tile, r, 0);
+      }
+      for (int64_t r = t + kTileRows; r < min(last, t + 2 * kTileRows); ++r) {
+        a.latent_scale.data ? fetch(row<Fp8>(a.latent, b, at + r), a.rank) : fetch(row(a.latent, b, at + r), a.rank);
+      }
       for (int64_t c = 0; c < nope_pad; c += kPanel) {
         panel_product(rows, m.tile, m.w_uk + c * a.rank, a.rank, kPanel, m.nope + t * nope_pad + c, nope_pad);
       }
@@ -142,9 +160,18 @@ struct Prefill {
 
   void pack_weights(int64_t head, Memory* m) const {
     if (m->head == head) return;
-    pack_panels(row(a.w_uk, head, 0), a.w_uk.stride1, a.nope, a.rank, m->w_uk, a.rank);
-    pack_panels(row(a.w_uv, head, 0), a.w_uv.stride1, a.value, a.rank, m->w_uv, a.rank);
+    pack_weight(a.w_uk, a.w_uk_scale, head, a.nope, m->w_uk, m->wide);
+    pack_weight(a.w_uv, a.w_uv_scale, head, a.value, m->w_uv, m->wide);
     m->head = head;
+  }
+
+  void pack_weight(const Tensor3& w, const Scales& scales, int64_t head, int64_t rows, float* panels,
+                   float* wide) const {
+    if (!scales.data) return pack_panels(row(w, head, 0), w.stride1, rows, a.rank, panels, a.rank);
+    for (int64_t i = 0; i < rows; ++i) {
+      widen_scaled(row<Fp8>(w, head, i), scales_of(scales, head), i, 0, a.rank, wide + i * a.rank);
+    }
+    pack_panels(wide, a.rank, rows, a.rank, panels, a.rank);
   }
 
   // the answers of queries first .. last of one head

@@ -14,13 +14,16 @@ queries are not read, so time follows the visible part of a static cache.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from dsopt.capture import known
+from dsopt.kernels.cpu.fp8 import refuse_mixed, scales
 from dsopt.kernels.cpu.masks import check_mask, native_mask
 from dsopt.kernels.cpu.native import CPU, DTYPES, NATIVE, _cpu, dense_rows, plan, require
 from dsopt.op import Kernel
-from dsopt.ops.quant import refuse_scales
+from dsopt.ops.attention import LATENT_BLOCK
 
 # Few new tokens leave the expanded form's tiles empty. With more, a multiply-add of the absorbed form takes this much
 # longer than one of the expanded form: 1.2 to 1.8 was measured with 32 to 192 new tokens behind 0 to 1024 cached ones,
@@ -46,7 +49,7 @@ def _shapes(q_nope, q_rope, latent, k_rope, w_uk, w_uv) -> tuple[tuple, ...]:
     )
 
 
-def _require(operands: tuple[torch.Tensor, ...]) -> None:
+def _require(operands: tuple[torch.Tensor, ...], in_fp8: tuple[bool, ...]) -> None:
     """ValueError, naming the argument, for operands whose shapes or dtypes do not belong together."""
     dtype = operands[0].dtype
     if dtype not in DTYPES:
@@ -54,16 +57,16 @@ def _require(operands: tuple[torch.Tensor, ...]) -> None:
     for (name, ndim), x in zip(_NDIMS.items(), operands, strict=True):
         if x.ndim != ndim:
             raise ValueError(f"{name} must have {ndim} dimensions, got {list(x.shape)}")
-    wanted = _shapes(*operands)
-    if tuple(x.shape for x in operands) == wanted and all(x.dtype is dtype and x.is_cpu for x in operands):
-        return
-    for name, x, shape in zip(_NDIMS, operands, wanted, strict=True):
-        require(name, x, shape, dtype)
+    for name, x, shape, fp8 in zip(_NDIMS, operands, _shapes(*operands), in_fp8, strict=True):
+        require(name, x, shape, torch.float8_e4m3fn if fp8 else dtype)
 
 
-def _run(native, q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal) -> torch.Tensor:
+def _run(
+    native, q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal,
+    w_uk_scale, w_uv_scale, latent_scale, block,
+) -> torch.Tensor:  # fmt: skip
     operands = (q_nope, q_rope, latent, k_rope, w_uk, w_uv)
-    _require(operands)
+    _require(operands, tuple(s is not None for s in (None, None, latent_scale, None, w_uk_scale, w_uv_scale)))
     batch, heads, tokens, nope = q_nope.shape
     _, cached, rank = latent.shape
     rope, value = q_rope.shape[3], w_uv.shape[1]
@@ -83,6 +86,7 @@ def _run(native, q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_cau
         scale,
         is_causal,
         NATIVE[q_nope.dtype],
+        (scales(w_uk_scale, block), scales(w_uv_scale, block), scales(latent_scale, LATENT_BLOCK)),
     )
     return out
 
@@ -97,12 +101,19 @@ def absorbed(
     mask: torch.Tensor | None,
     scale: float,
     is_causal: bool = False,
+    w_uk_scale: torch.Tensor | None = None,
+    w_uv_scale: torch.Tensor | None = None,
+    latent_scale: torch.Tensor | None = None,
+    block: Sequence[int] = (128, 128),
 ) -> torch.Tensor:
     """The cache as it is, for any number of tokens; arguments and result as in `mla_attention_reference`.
 
     Raises ValueError, naming the argument, for operands whose shapes or dtypes do not belong together.
     """
-    return _run(_cpu.mla_attention, q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal)
+    return _run(
+        _cpu.mla_attention, q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal,
+        w_uk_scale, w_uv_scale, latent_scale, block,
+    )  # fmt: skip
 
 
 def expanded(
@@ -115,9 +126,16 @@ def expanded(
     mask: torch.Tensor | None,
     scale: float,
     is_causal: bool = False,
+    w_uk_scale: torch.Tensor | None = None,
+    w_uv_scale: torch.Tensor | None = None,
+    latent_scale: torch.Tensor | None = None,
+    block: Sequence[int] = (128, 128),
 ) -> torch.Tensor:
     """Keys and values of a block of the cache at a time, for any number of tokens; otherwise as `absorbed`."""
-    return _run(_cpu.mla_prefill, q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal)
+    return _run(
+        _cpu.mla_prefill, q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal,
+        w_uk_scale, w_uv_scale, latent_scale, block,
+    )  # fmt: skip
 
 
 def prefers_expanded(tokens: int, cached: int, rank: int, rope: int, nope: int, value: int) -> bool:
@@ -142,7 +160,7 @@ def _mla_attention(
     mask: torch.Tensor | None,
     scale: float,
     is_causal: bool = False,
-    *_,
+    *scales_and_block,
 ) -> torch.Tensor:
     (tokens, nope), (cached, rank), rope, value = (
         q_nope.shape[2:],
@@ -151,15 +169,21 @@ def _mla_attention(
         w_uv.shape[1],
     )
     variant = expanded if prefers_expanded(tokens, cached, rank, rope, nope, value) else absorbed
-    return variant(q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal)
+    return variant(q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal, *scales_and_block)
 
 
-def _check(q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal=False, *scales_and_block):
-    if reason := refuse_scales(*scales_and_block[:-1]):
+def _check(
+    q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal,
+    w_uk_scale, w_uv_scale, latent_scale, block,
+) -> str | None:  # fmt: skip
+    if reason := refuse_mixed({"w_uk": (w_uk, w_uk_scale), "w_uv": (w_uv, w_uv_scale)}, block):
         return reason
+    if reason := refuse_mixed({"latent": (latent, latent_scale)}, LATENT_BLOCK):
+        return reason
+    in_fp8 = {"w_uk": w_uk_scale, "w_uv": w_uv_scale, "latent": latent_scale}
     tensors = {"q_rope": q_rope, "latent": latent, "k_rope": k_rope, "w_uk": w_uk, "w_uv": w_uv}
     for name, x in tensors.items():
-        if x.dtype != q_nope.dtype or x.device != q_nope.device:
+        if (in_fp8.get(name) is None and x.dtype != q_nope.dtype) or x.device != q_nope.device:
             return f"needs one dtype and device, got {q_nope.dtype} q_nope and {x.dtype} {name} on {x.device}"
     operands = {"q_nope": q_nope, **tensors}
     for name, x in operands.items():

@@ -17,17 +17,13 @@ struct Fp8 {
 constexpr int kFp8Step = 4 * kLanes;
 
 DSOPT_INLINE float to_float(Fp8 x) {
-  const uint32_t sign = uint32_t{x.bits} << 24 & 0x80000000u, magnitude = x.bits & 0x7fu;
-  const uint32_t bits = magnitude == 0x7f ? 0x7ff00000u : (magnitude << 20) + (120u << 23);
-  float f;
+  const uint32_t magnitude = x.bits & 0x7fu, sign = uint32_t{x.bits} << 24 & 0x80000000u;
+  const uint32_t bits = sign | (magnitude == 0x7f ? 0x7ff00000u : (magnitude << 20) + (120u << 23));
+  float f = 0;
   __builtin_memcpy(&f, &bits, sizeof f);
   // with exponent 0 the leading 1 of that is not there
-  if (magnitude < 8) f = 2 * f - 0x1p-6f;
-  uint32_t all;
-  __builtin_memcpy(&all, &f, sizeof all);
-  all |= sign;
-  __builtin_memcpy(&f, &all, sizeof f);
-  return f;
+  if (magnitude < 8) f = 2 * f - (sign ? -0x1p-6f : 0x1p-6f);
+  return magnitude == 0 && sign ? -0.0f : f;
 }
 
 // v[0], v[1]: the even and the odd ones of 2 * kLanes weights at p; v[2], v[3]: of the 2 * kLanes behind them

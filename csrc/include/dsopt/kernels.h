@@ -55,6 +55,8 @@ struct MlaAttention {
   Mask mask_kind;
   Dtype dtype;
   bool causal;
+  Scales w_uk_scale, w_uv_scale;  // of heads; where they are not null the weights are in FP8
+  Scales latent_scale;            // of sequences, in blocks of one token; where it is not null the latent is in FP8
 };
 
 // Attention of heads that share keys; shapes and meaning as dsopt.ops.attention.attention_reference

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "dsopt/gemm.h"
-#include "dsopt/kernels.h"
+#include "dsopt/scales.h"
 
 namespace dsopt::DSOPT_VARIANT {
 
@@ -22,22 +22,7 @@ struct Matrix {
 // matrix `index` of a stack
 template <class W>
 DSOPT_INLINE Matrix<W> matrix(const Tensor3& w, const Scales& scales, int64_t index) {
-  Scales own = scales;
-  if (own.data) {
-    own.data = static_cast<const char*>(own.data) + index * own.stride0 * (own.exponents ? 1 : int64_t{sizeof(float)});
-  }
-  return {{static_cast<const W*>(w.data) + index * w.stride0, w.stride1}, own, 0};
-}
-
-// the scale of a block
-DSOPT_INLINE float scale_at(const Scales& s, int64_t row, int64_t column) {
-  const int64_t at = row * s.stride1 + column;
-  if (!s.exponents) return static_cast<const float*>(s.data)[at];
-  const uint32_t e = static_cast<const uint8_t*>(s.data)[at];
-  const uint32_t bits = e == 0 ? 0x00400000u : e == 255 ? 0x7fc00000u : e << 23;
-  float f;
-  __builtin_memcpy(&f, &bits, sizeof f);
-  return f;
+  return {{static_cast<const W*>(w.data) + index * w.stride0, w.stride1}, scales_of(scales, index), 0};
 }
 
 // how many of `rows` rows from `first` on have one row of scales
