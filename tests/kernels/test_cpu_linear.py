@@ -148,7 +148,7 @@ def test_one_spoilt_token_spoils_no_other(isa):
 
 @each_dtype
 def test_many_tokens_of_a_linear_layer(dtype, isa):
-    """Around the numbers of tokens where weights are turned first, where ATen may take over, and where a call is parted."""
+    """Around the numbers of tokens where weights are turned, where ATen may take over, where a call is parted."""
     r = rand(CPU, dtype)
     for tokens, k in ((64, 40), (65, 40), (71, 33), (72, 40), (100, 2), (260, 4101), (513, 40), (1030, 16)):
         w = [r(24, k) * k**-0.5, r(7, k) * k**-0.5, r(131, 2 * k)[:, ::2].contiguous() * k**-0.5, r(1, k)]
