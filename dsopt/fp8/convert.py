@@ -56,8 +56,8 @@ def quantize_(
     Layer by layer, each freed once it was replaced: no more memory is taken than the wide weights and one layer. Left
     as they are: norms, embeddings and whatever is no plain `nn.Linear`; modules whose path fits a pattern of `skip`;
     routers, which are linears beside experts with one output for each; and experts that are no gated MLPs of the form
-    that `FP8Experts` has. Experts in a list are linears, each quantized for itself. Stacks of experts are found by
-    what they compute, tried on a few random tokens.
+    that `FP8Experts` has. Experts in a list are linears, each quantized for itself, and `dsopt.compile` does not batch
+    a loop over such. Stacks of experts are found by what they compute, tried on a few random tokens.
 
     format: blocks and kind of scales, FP8Block() by default. skip: patterns as of `fnmatch`, on the paths of modules;
         SKIP by default, to which what is given is no addition. progress: whether to show a bar on a terminal.
