@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -50,7 +50,7 @@ def check(
     return found
 
 
-def _matcher(patterns: Iterable[str] | None):
+def _matcher(patterns: Iterable[str] | None) -> Callable[[str], bool]:
     """Whether a name has a match of any of a model's patterns."""
     pattern = re.compile("|".join(f"({pattern})" for pattern in patterns)) if patterns else None
     return lambda name: pattern is not None and pattern.search(name) is not None

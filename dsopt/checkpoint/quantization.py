@@ -13,7 +13,8 @@ BLOCK = (128, 128)
 def block_of(config: Any, problems: Problems) -> tuple[int, int] | None:
     """(rows, columns) that share a scale, by a config's `quantization_config`; None where there is none.
 
-    What it says beside float8_e4m3fn weights with scales by block goes to `problems`.
+    What it says beside float8_e4m3fn weights with scales by block goes to `problems`. Raises CheckpointError with all
+    of them where the block is none: nothing could be compared with it.
     """
     settings = getattr(config, "quantization_config", None)
     if settings is None:
@@ -21,7 +22,7 @@ def block_of(config: Any, problems: Problems) -> tuple[int, int] | None:
     where = "config.json: quantization_config"
     if not isinstance(settings, Mapping):
         problems.add(f"{where}: no object")
-        return None
+        problems.raise_any()
     accepted = {
         "quant_method": ("fp8",),
         "fmt": (None, "e4m3"),
@@ -39,7 +40,7 @@ def block_of(config: Any, problems: Problems) -> tuple[int, int] | None:
         or not all(isinstance(size, int) and size > 0 for size in block)
     ):
         problems.add(f"{where}: weight_block_size must be two numbers above 0, got {block!r}")
-        return None
+        problems.raise_any()
     return tuple(block)
 
 
