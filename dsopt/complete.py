@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dsopt.models import tiny
+from dsopt.models import presets, tiny
 
 PROMPT = '''"""Reading and writing of settings."""
 
@@ -62,6 +62,8 @@ def show(
     """
     import transformers
 
+    import dsopt
+
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.bfloat16, local_files_only=True
@@ -83,6 +85,13 @@ def show(
             text = tiny.decode(out[0, ids.shape[1] :])
             results.append({"way": name, "how": how, "text": text, "tokens_per_s": printer.rate})
     console.print(table(results))
+    for name, config in (("this model", model.config), ("DeepSeek-V3", presets.config(presets.v3()))):
+        cache = dsopt.LatentCache(config)
+        console.print(
+            f"{name}: a token takes {cache.bytes_per_token} bytes a layer in an FP8 cache, "
+            f"{cache.expanded_bytes_per_token} as keys and values of every head in bfloat16",
+            highlight=False,
+        )
     return {"prompt": prompt, "cached": room, "completions": results}
 
 

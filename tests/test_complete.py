@@ -40,6 +40,7 @@ def test_every_way_completes(tmp_path, fresh_dynamo):
     ]
     assert found["prompt"] == "def f" and all(run["tokens_per_s"] > 0 for run in runs.values())
     assert out.getvalue().count("def f") == 6 and "Tokens a second" in out.getvalue()
+    assert "DeepSeek-V3: a token takes 656 bytes a layer in an FP8 cache, 81920 as" in out.getvalue()
 
 
 def test_the_command_hands_over_what_was_asked_for(monkeypatch):

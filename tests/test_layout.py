@@ -85,7 +85,10 @@ def test_wheel_holds_exactly_the_tree(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     (wheel,) = (tmp_path / "out").glob("dsopt-*.whl")
-    shipped = {n for n in zipfile.ZipFile(wheel).namelist() if n.endswith(".py")}
+    names = zipfile.ZipFile(wheel).namelist()
+    shipped = {n for n in names if n.endswith(".py")}
     sources = {f"dsopt/{n}" for n in tracked.stdout.splitlines() if n.startswith(PARTS) and n.endswith(".py")}
     sources |= {n for n in tracked.stdout.splitlines() if n.startswith("dsopt/") and n.endswith(".py")}
     assert shipped == sources
+    trained = {f"dsopt/{n}" for n in tracked.stdout.splitlines() if n.startswith("models/tiny_checkpoint/")}
+    assert trained and trained <= set(names)
