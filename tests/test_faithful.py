@@ -162,3 +162,11 @@ def test_latent_is_expanded_once():
 
 def test_norms_add_their_epsilon():
     assert_attention_is_faithful(block("v2", "none"), size=1e-3)
+
+
+def test_weights_in_fp8_have_their_own_scales():
+    assert_mlp_is_faithful(block("v3-fp8", "dense"))
+
+
+def test_experts_in_fp8_have_their_own_scales():
+    assert_mlp_is_faithful(block("v3-fp8", "experts"))

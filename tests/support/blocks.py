@@ -10,6 +10,9 @@ import torch
 from families import YARN, build
 from transformers import StaticCache
 
+import dsopt
+from dsopt.fp8 import FP8Block
+
 # tables and softmax scale both differ from plain RoPE's by more than bfloat16 rounds
 STRONG_YARN = {**YARN, "mscale": 3.0, "mscale_all_dim": 1.0}
 GEOMETRY = {
@@ -45,7 +48,7 @@ class Block:
     def tokens(self, size: float = 1.0) -> torch.Tensor:
         """Hidden states (2, TOKENS, hidden) in the layer's dtype, the same numbers at each call."""
         x = torch.randn(2, TOKENS, self.config.hidden_size, generator=torch.Generator().manual_seed(1))
-        return (size * x).to(next(self.layer.parameters()).dtype)
+        return (size * x).to(self.layer.input_layernorm.weight.dtype)
 
     def prefill(self, size: float = 1.0) -> dict[str, Any]:
         """Arguments of the layer: all tokens at once, without a cache."""
@@ -69,7 +72,11 @@ class Block:
 
 
 def block(family: str, mlp: str, dtype: torch.dtype = torch.float32) -> Block:
-    """The layer of `family` ("v2" or "v3"); mlp: "experts", chosen by groups and a strong bias, "dense" or "none"."""
+    """The layer of `family` ("v2" or "v3"); mlp: "experts", chosen by groups and a strong bias, "dense" or "none".
+
+    "v3-fp8" is "v3" with weights in FP8.
+    """
+    family, _, fp8 = family.partition("-")
     greedy = {"topk_method": "group_limited_greedy"} if family == "v2" else {}
     model = build(family, first_k_dense_replace=int(mlp != "experts"), **greedy, **GEOMETRY)
     for name, bias in model.named_buffers():
@@ -78,6 +85,8 @@ def block(family: str, mlp: str, dtype: torch.dtype = torch.float32) -> Block:
     layer = model.model.layers[0]
     if mlp == "none":
         layer.mlp = torch.nn.Identity()
+    if fp8:
+        dsopt.quantize_(layer, FP8Block(rows=16, columns=16))
     return Block(layer, model.model.rotary_emb, model.config).to(dtype)
 
 

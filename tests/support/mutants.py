@@ -135,6 +135,11 @@ def clamped_ids(x, ids, weights, w13, *rest):
     return moe_experts.reference(x, ids.clamp(max=w13.shape[0] - 1), weights, w13, *rest)
 
 
+def scales_of_the_first(emit, old):
+    first = emit(aten.slice.Tensor, old["scale13"], 0, 0, 1)
+    return {"scale13": emit(aten.clone.default, emit(aten.expand.default, first, shape(old["scale13"])))}
+
+
 def other_pairs(emit, old):
     return {"interleaved_in": not old["interleaved_in"]}
 
@@ -235,6 +240,14 @@ MORE_MUTANTS = {
     "gate and up of experts take turns": Mutant(
         Rewritten("batch_experts", moe_experts, put(interleaved=True)),
         "v3", "experts", "mlp", "test_experts_activate_the_gate_and_not_up",
+    ),
+    "scales of gate and up swapped": Mutant(
+        Rewritten("fold_dequantize", gated_mlp, swapped("scale_gate", "scale_up")),
+        "v3-fp8", "dense", "mlp.down_proj", "test_weights_in_fp8_have_their_own_scales",
+    ),
+    "scales of one expert for all": Mutant(
+        Rewritten("fold_dequantize", moe_experts, scales_of_the_first),
+        "v3-fp8", "experts", "mlp", "test_experts_in_fp8_have_their_own_scales",
     ),
     "sentinel counted as the last expert": Mutant(
         Computed(moe_experts, clamped_ids),
