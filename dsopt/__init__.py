@@ -4,6 +4,7 @@ model.compile(backend="dsopt")      no import of dsopt needed
 fast = dsopt.compile(model)         a shallow copy whose generate runs compiled
 print(dsopt.report(fast))           what was fused, which kernels run, and why the rest is as it was
 dsopt.verify(model, inputs)         the error of every rewritten site against eager
+dsopt.quantize_(model)              its linears and experts in FP8, in place
 dsopt.LatentCache(config)           a cache of latents in FP8 for generate(past_key_values=...)
 model = dsopt.load(folder)          a checkpoint of transformers, in FP8 where its weights are
 dsopt.save(model, folder)           and back
