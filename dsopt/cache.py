@@ -74,10 +74,13 @@ class FP8Rows:
         batch, tokens, rank = latent.shape
         codes, scale = quantize_matrix(latent.reshape(-1, rank).float(), GROUP)
         start, end = self.scales
-        codes = F.pad(codes.view(torch.uint8), (0, start - rank))
-        tail = k_rope.reshape(-1, self.rope).to(torch.bfloat16).contiguous().view(torch.uint8)
-        tail = F.pad(tail, (0, self.width - end - 2 * self.rope))
-        return torch.cat([codes, scale.view(torch.uint8), tail], -1).view(batch, tokens, self.width)
+        tail = k_rope.reshape(-1, self.rope).to(torch.bfloat16).contiguous()
+        parts = [codes.view(torch.uint8), scale.view(torch.uint8), tail.view(torch.uint8)]
+        if start > rank:
+            parts[0] = F.pad(parts[0], (0, start - rank))
+        if self.rope % 2:
+            parts[2] = F.pad(parts[2], (0, self.width - end - 2 * self.rope))
+        return torch.cat(parts, -1).view(batch, tokens, self.width)
 
     def unpack(self, rows: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """What `pack` was given as FP8 keeps it, in dtype; the latent is dequantized by `dsopt::dequantize`."""

@@ -98,14 +98,15 @@ def quantize_matrix(
     n, k = x.shape
     block = format.block_of(x.shape)
     rows, columns = block
-    padded = F.pad(x, (0, -k % columns, 0, -n % rows))
-    blocked = padded.view(padded.shape[0] // rows, rows, padded.shape[1] // columns, columns)
+    partial = -n % rows or -k % columns
+    padded = F.pad(x, (0, -k % columns, 0, -n % rows)) if partial else x
+    blocked = padded.reshape(padded.shape[0] // rows, rows, padded.shape[1] // columns, columns)
     amax = blocked.abs().amax((1, 3)).clamp(min=AMAX_FLOOR)
     scale = amax / E4M3_MAX
     if format.scale_fmt == "ue8m0":
         scale = power_of_two(scale)
     q = (blocked / scale[:, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX)
-    weight = q.view(padded.shape)[:n, :k].to(torch.float8_e4m3fn)
+    weight = q.reshape(padded.shape)[:n, :k].to(torch.float8_e4m3fn)
     return weight, scale.to(format.scale_dtype)
 
 
