@@ -39,7 +39,7 @@ def main(
         plan = checkpoint.Plan(folder, cached, steps, threads or torch.get_num_threads(), layers, quick)
         with Steps(terminal.console("-")) as step:
             found = checkpoint.run(plan, step)
-    except ValueError as error:
+    except (ValueError, OSError, MemoryError) as error:
         raise terminal.fail(str(error)) from error
     for table in checkpoint.tables(found):
         terminal.console(json_file).print(table)

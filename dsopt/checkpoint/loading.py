@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from dsopt import machine
 from dsopt.checkpoint import files as checkpoint_files
 from dsopt.checkpoint import layout
 from dsopt.checkpoint.check import check, check_scales
@@ -52,7 +53,8 @@ def load(
 
     Raises CheckpointError, one for all that is wrong (files that are missing, truncated or damaged, tensors that are
     missing, unexpected, in two files, of another shape or dtype, scales that are not finite or below zero, settings
-    that are not supported) before any weight is read; ValueError for another dtype or fewer layers than 1.
+    that are not supported) before any weight is read; ValueError for another dtype or fewer layers than 1;
+    MemoryError for more than the machine has.
     """
     folder, device = Path(path), torch.device(device)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -77,6 +79,8 @@ def load(
     found = check(model, targets, parts, files, problems)
     check_scales(folder, found, problems)
     problems.raise_any()
+    if device.type == "cpu":
+        _check_memory(targets[name] for name in {parts[key].name for key in found})
     _fill(model, folder, found, parts, device, progress)
     _finish(model, targets.keys() - {parts[key].name for key in found}, device)
     return model
@@ -125,6 +129,16 @@ def _put(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> None:
     # transformers initializes what has no such mark
     tensor._is_hf_initialized = True
     setattr(module, leaf, tensor)
+
+
+def _check_memory(targets: Iterable[torch.Tensor]) -> None:
+    """Raises MemoryError for more than this machine has in all; what is free now may be a cache that makes room."""
+    size, total = sum(tensor.nbytes for tensor in targets), machine.memory()["total"]
+    if total is not None and size > total:
+        raise MemoryError(
+            f"the weights take {size / 2**30:.1f} GiB, and this machine has {total / 2**30:.1f} GiB; "
+            "layers=N loads the first N layers only"
+        )
 
 
 def _fill(

@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import dsopt
+from dsopt import machine
 from dsopt.models import presets
 
 
@@ -106,6 +107,18 @@ def test_wrong_arguments(tmp_path):
         dsopt.load(tmp_path, dtype=torch.float8_e4m3fn)
     with pytest.raises(ValueError, match="layers must be at least 1, got 0"):
         dsopt.load(tmp_path, layers=0)
+
+
+def test_more_than_the_machine_has(tmp_path, monkeypatch):
+    random_model().save_pretrained(tmp_path)
+    size = sum(tensor.nbytes for tensor in tensors(tmp_path).values())
+    for total, fits in ((size - 1, False), (size, True), (None, True)):
+        monkeypatch.setattr(machine, "memory", lambda total=total: {"total": total, "available": 0})
+        if fits:
+            dsopt.load(tmp_path)
+        else:
+            with pytest.raises(MemoryError, match="layers=N loads the first N layers only"):
+                dsopt.load(tmp_path)
 
 
 def test_generation_config_and_generate(tmp_path):
