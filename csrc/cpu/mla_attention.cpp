@@ -171,7 +171,7 @@ struct Attention {
                      float* to) const {
     const Fp8* rows = static_cast<const Fp8*>(w.data) + head * w.stride0;
     for (int64_t i = first; i < first + count; ++i, to += l.rank_pad) {
-      widen_scaled(rows + i * w.stride1, scales_of(scales, head), i, 0, a.rank, to);
+      widen_scaled(rows + i * w.stride1, scales_of(scales, head), i, a.rank, to);
     }
   }
 
@@ -187,10 +187,11 @@ struct Attention {
     return static_cast<const T*>(a.latent.data) + b * a.latent.stride0 + t * a.latent.stride1;
   }
 
-  // elements from .. from + n of a latent in FP8
+  // elements from .. from + n of a latent in FP8, no more than share a scale
   void widen_latent(int64_t b, int64_t t, int64_t from, int64_t n, float* to) const {
+    static_assert(kLatentColumns % kWide == 0);
     const Fp8* x = static_cast<const Fp8*>(a.latent.data) + b * a.latent.stride0 + t * a.latent.stride1;
-    widen_scaled(x, scales_of(a.latent_scale, b), t, from, n, to);
+    widen_scaled(x + from, scale_at(scales_of(a.latent_scale, b), t, from / kLatentColumns), n, to);
   }
 
   const T* k_rope(int64_t b, int64_t t) const {

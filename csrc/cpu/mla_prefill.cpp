@@ -121,7 +121,7 @@ struct Prefill {
           widen(row(a.latent, b, at + t + r), a.rank, 1.0f, m.tile, r, 0);
           continue;
         }
-        widen_scaled(row<Fp8>(a.latent, b, at + t + r), scales_of(a.latent_scale, b), at + t + r, 0, a.rank, m.wide);
+        widen_scaled(row<Fp8>(a.latent, b, at + t + r), scales_of(a.latent_scale, b), at + t + r, a.rank, m.wide);
         widen(m.wide, a.rank, 1.0f, m.tile, r, 0);
       }
       for (int64_t r = t + kTileRows; r < min(last, t + 2 * kTileRows); ++r) {
@@ -169,7 +169,7 @@ struct Prefill {
                    float* wide) const {
     if (!scales.data) return pack_panels(row(w, head, 0), w.stride1, rows, a.rank, panels, a.rank);
     for (int64_t i = 0; i < rows; ++i) {
-      widen_scaled(row<Fp8>(w, head, i), scales_of(scales, head), i, 0, a.rank, wide + i * a.rank);
+      widen_scaled(row<Fp8>(w, head, i), scales_of(scales, head), i, a.rank, wide + i * a.rank);
     }
     pack_panels(wide, a.rank, rows, a.rank, panels, a.rank);
   }

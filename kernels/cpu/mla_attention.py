@@ -173,8 +173,8 @@ def _mla_attention(
 
 
 def _check(
-    q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal,
-    w_uk_scale, w_uv_scale, latent_scale, block,
+    q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal=False,
+    w_uk_scale=None, w_uv_scale=None, latent_scale=None, block=(128, 128),
 ) -> str | None:  # fmt: skip
     if reason := refuse_mixed({"w_uk": (w_uk, w_uk_scale), "w_uv": (w_uv, w_uv_scale)}, block):
         return reason

@@ -77,7 +77,7 @@ def multi_linear(
     return wide(x, weights, biases, dtype, scales, block)
 
 
-def _check(x, weights, biases, dtype, scales, block) -> str | None:
+def _check(x, weights, biases, dtype=None, scales=None, block=(128, 128)) -> str | None:
     if dtype not in (None, x.dtype, torch.float32):
         return f"gives x's dtype {x.dtype} or float32, got dtype {dtype}"
     if x.ndim == 0 or x.shape[-1] == 0:

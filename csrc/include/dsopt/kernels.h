@@ -42,6 +42,9 @@ struct Scales {
   bool exponents;            // bytes e that stand for 2^(e - 127), else float32
 };
 
+// columns of a latent in FP8 that share a scale
+constexpr int64_t kLatentColumns = 128;
+
 // Latent attention, absorbed or expanded; shapes and meaning as dsopt.ops.attention.mla_attention_reference
 struct MlaAttention {
   int64_t batch, heads, tokens, cached, rank, nope, rope, value;
@@ -56,7 +59,7 @@ struct MlaAttention {
   Dtype dtype;
   bool causal;
   Scales w_uk_scale, w_uv_scale;  // of heads; where they are not null the weights are in FP8
-  Scales latent_scale;            // of sequences, in blocks of one token; where it is not null the latent is in FP8
+  Scales latent_scale;            // of sequences, a token's for kLatentColumns; where it is not null the latent is in FP8
 };
 
 // Attention of heads that share keys; shapes and meaning as dsopt.ops.attention.attention_reference

@@ -33,10 +33,10 @@ DSOPT_INLINE int64_t rows_of_block(const Scales& s, int64_t first, int64_t rows)
 // out[i] = x[i] * the scale of column i in a row of scales; packed both, k columns
 inline void scale_packed(const float* x, const Scales& s, int64_t row, int64_t k, float* out) {
   if (s.columns % kStep == 0) {
-    for (int64_t i = 0; i < packed_width(k); i += kStep) {
-      const Vec scale = splat(scale_at(s, row, i / s.columns));
-      store(out + i, load(x + i) * scale);
-      store(out + i + kLanes, load(x + i + kLanes) * scale);
+    for (int64_t i = 0, column = 0; i < packed_width(k); ++column) {
+      const Vec scale = splat(scale_at(s, row, column));
+      const int64_t end = min(packed_width(k), i + s.columns);
+      for (; i < end; i += kLanes) store(out + i, load(x + i) * scale);
     }
     return;
   }
@@ -142,26 +142,33 @@ void few_tokens(const Matrix<W>& w, int64_t rows, const typename Packing<W>::Ele
 
 // kFp8Step elements from k on of `rows` weight rows, scaled, as columns of a panel; none from `last` on
 inline void turn_fp8(const Matrix<Fp8>& w, int64_t rows, int64_t k, int64_t last, float* panel) {
-  float block[kLanes][kFp8Step] = {};
+  float block[kLanes][kFp8Step];
   const Scales& s = w.scales;
-  for (int64_t i = 0; i < rows; ++i) {
-    const Fp8* from = w.rows.data + i * w.rows.stride + k;
-    const int64_t row = (w.first + i) / s.rows;
+  const bool one = s.columns % kFp8Step == 0;  // scale for all of a row's elements
+  const int64_t column = k / s.columns;
+  int64_t row = w.first / s.rows, left = s.rows - w.first % s.rows;
+  for (int64_t i = 0; i < kLanes; ++i) {
+    Vec v[4] = {};
     Fp8 rest[kFp8Step] = {};
-    if (k + kFp8Step > last) {
+    const Fp8* from = w.rows.data + i * w.rows.stride + k;
+    if (i >= rows) {
+      from = rest;
+    } else if (k + kFp8Step > last) {
       for (int64_t j = 0; j < last - k; ++j) rest[j] = from[j];
       from = rest;
     } else {
       __builtin_prefetch(from + 4 * kFp8Step);
     }
-    Vec v[4];
     widen(from, v);
-    const bool one = s.columns % kFp8Step == 0;
-    const Vec scale = splat(one ? scale_at(s, row, k / s.columns) : 1.0f);
+    const Vec scale = splat(one && i < rows ? scale_at(s, row, column) : 1.0f);
+    DSOPT_UNROLL
     for (int part = 0; part < 4; ++part) store(block[i] + part * kLanes, v[part] * scale);
-    for (int64_t j = 0; !one && j < min(kFp8Step, last - k); ++j) {
-      block[i][Packing<Fp8>::place(j)] *= scale_at(s, row, (k + j) / s.columns);
+    if (!one && i < rows) {
+      for (int64_t j = 0; j < min(kFp8Step, last - k); ++j) {
+        block[i][Packing<Fp8>::place(j)] *= scale_at(s, row, (k + j) / s.columns);
+      }
     }
+    if (--left == 0) ++row, left = s.rows;
   }
   for (int part = 0; part < 4 && k + part / 2 * kStep < last; ++part) {
     Vec m[kLanes];

@@ -26,23 +26,27 @@ DSOPT_INLINE float scale_at(const Scales& s, int64_t row, int64_t column) {
   return f;
 }
 
-// to[i] = x[first + i] * its scale, i < n; x is row `row` of what the scales belong to
-inline void widen_scaled(const Fp8* x, const Scales& s, int64_t row, int64_t first, int64_t n, float* to) {
-  x += first;
-  for (int64_t i = 0; i < n;) {
-    const int64_t column = (first + i) / s.columns;
-    const int64_t end = min(n, (column + 1) * s.columns - first);
-    const Vec scale = splat(scale_at(s, row / s.rows, column));
-    Vec v[4];
-    for (; i + kFp8Step <= end; i += kFp8Step) {
-      widen(x + i, v);
-      DSOPT_UNROLL
-      for (int half = 0; half < 4; half += 2) {
-        store(to + i + half * kLanes, riffle_low(v[half], v[half + 1]) * scale);
-        store(to + i + (half + 1) * kLanes, riffle_high(v[half], v[half + 1]) * scale);
-      }
+// to[i] = x[i] * scale, i < n
+inline void widen_scaled(const Fp8* x, float scale, int64_t n, float* to) {
+  const Vec factor = splat(scale);
+  Vec v[4];
+  int64_t i = 0;
+  for (; i + kFp8Step <= n; i += kFp8Step) {
+    widen(x + i, v);
+    DSOPT_UNROLL
+    for (int half = 0; half < 4; half += 2) {
+      store(to + i + half * kLanes, riffle_low(v[half], v[half + 1]) * factor);
+      store(to + i + (half + 1) * kLanes, riffle_high(v[half], v[half + 1]) * factor);
     }
-    for (; i < end; ++i) to[i] = to_float(x[i]) * scale[0];
+  }
+  for (; i < n; ++i) to[i] = to_float(x[i]) * scale;
+}
+
+// to[i] = x[i] * its scale, i < n; x is row `row` of what the scales belong to
+inline void widen_scaled(const Fp8* x, const Scales& s, int64_t row, int64_t n, float* to) {
+  const int64_t of = row / s.rows;
+  for (int64_t i = 0, column = 0; i < n; i += s.columns, ++column) {
+    widen_scaled(x + i, scale_at(s, of, column), min(s.columns, n - i), to + i);
   }
 }
 
