@@ -91,7 +91,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
         "at most",
         "same likeliest token",
     ):
-        made.add_column(column, justify="left" if column == "way" else "right")
+        left = column == "way"
+        made.add_column(column, justify="left" if left else "right", no_wrap=left)
     for row in rows:
         limit = accuracy.TARGETS.get(row["way"])
         made.add_row(

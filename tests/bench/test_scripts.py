@@ -128,6 +128,23 @@ def test_examples_are_shown_and_can_be_asked_for(start, name, capsys, monkeypatc
     assert len(asked) == len(examples) and asked[0].ops == SCRIPTS[name]
 
 
+def test_the_script_about_accuracy_takes_its_examples(start, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    from dsopt.bench import accuracy_command
+
+    assert start("accuracy", "--help") == 0
+    examples = re.findall(
+        r"^\s*python benchmarks/accuracy\.py\b(.*?)(?:  #.*)?$", capsys.readouterr().out, re.M
+    )
+    asked = []
+    rows = {"rows": [], "text": {}, "steps": {"steps": 1, "prompts": 1, "prompt": 1, "same_token": 1.0}}
+    monkeypatch.setattr(accuracy_command, "measure", lambda *given: asked.append(given) or rows)
+    monkeypatch.setattr(accuracy_command.terminal, "write", lambda *_: None)
+    for example in examples:
+        assert start("accuracy", *shlex.split(example)) == 0
+    assert [(given[1].numel(), given[2]) for given in asked[1:]] == [(20000, 32), (asked[0][1].numel(), 256)]
+
+
 def test_the_readme_shows_each_script():
     text = (ROOT / "README.md").read_text()
-    assert all(f"python benchmarks/{name}.py" in text for name in SCRIPTS)
+    assert all(f"python benchmarks/{name}.py" in text for name in (*SCRIPTS, "accuracy"))
