@@ -96,6 +96,40 @@ def test_a_kernel_has_the_instructions_of_its_variant(functions, kernel, variant
     assert not matching(functions, own, FOREIGN[variant])[:3]
 
 
+def loops(instructions: list[tuple[str, str]]) -> list[list[str]]:
+    """What lies between a jump backwards and where it goes; instructions: address and text of each, in order."""
+    at = {address: i for i, (address, _) in enumerate(instructions)}
+    found = []
+    for i, (_, text) in enumerate(instructions):
+        jump = re.match(r"j\w+ +([0-9a-f]+)", text)
+        if jump and at.get(jump[1], i) < i:
+            found.append([t for _, t in instructions[at[jump[1]] : i + 1]])
+    return found
+
+
+# Vector instructions for 32 weights in FP8, loads and multiply-adds included. In the registers of AVX-512 there are two
+# multiply-adds, two shifts or masks and one interleaving for them, and half a load; the rest looks up bytes.
+FP8_INSTRUCTIONS = {"avx2": 24, "avx512": 12, "avx512_vbmi": 9, "avx512_bf16": 9}
+
+
+@pytest.mark.parametrize("variant", FP8_INSTRUCTIONS)
+def test_how_many_instructions_widen_and_multiply_fp8(variant):
+    """In the innermost loop of one token: each row of its tile takes four vectors of weights, four multiply-adds."""
+    text = subprocess.run(
+        ["objdump", "-d", "-C", "--no-show-raw-insn", _cpu.__file__],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    rows, lanes = (4, 8) if variant == "avx2" else (8, 16)
+    counts = []
+    for body in re.findall(rf"^[0-9a-f]+ <.*dsopt::{variant}::fp8_rows<1>.*>:\n((?:.+\n?)*)", text, re.M):
+        for loop in loops(re.findall(r"^ *([0-9a-f]+):\t(.*?)\s*$", body, re.M)):
+            if sum(t.startswith("vfmadd") for t in loop) == 4 * rows:
+                counts.append(sum(t.startswith("v") for t in loop) * 32 / (4 * lanes * rows))
+    assert counts and max(counts) <= FP8_INSTRUCTIONS[variant], counts
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_no_code_of_a_variant_is_foreign_to_it(functions, variant):
     """That of functions no kernel was seen to reach, too."""

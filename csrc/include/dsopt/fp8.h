@@ -28,10 +28,10 @@ DSOPT_INLINE float to_float(Fp8 x) {
 
 // v[0], v[1]: the even and the odd ones of 2 * kLanes weights at p; v[2], v[3]: of the 2 * kLanes behind them
 #if defined(__AVX512F__) || defined(__AVX2__)
-// by the upper four bits: the high byte, and what the lower four are joined with to look up what is different. From
-// 0x80 on nothing is; 0xff is NaN.
+// by the upper four bits: the high byte, and what is added to a code to look up the difference with. From 0x80 on there
+// is none; NaN comes out as 0, whose difference, that of the code 0, makes it one.
 #define DSOPT_HIGH 0x3c, 0x3d, 0x3e, 0x3f, 0x40, 0x41, 0x42, 0x43, -68, -67, -66, -65, -64, -63, -62, -61
-#define DSOPT_WHERE 0, -128, -128, -128, -128, -128, -128, -16, 0, -128, -128, -128, -128, -128, -128, -16
+#define DSOPT_WHERE 0, -128, -128, -128, -128, -128, -128, -127, -128, 0, 0, 0, 0, 0, 0, 1
 // by the lower four bits beside exponents 0 and 1: the difference in the high and in the low byte
 #define DSOPT_HIGH_DIFFERENCE 0x3c, 0x07, 0x07, 0x07, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0
 #define DSOPT_LOW_DIFFERENCE 0x00, 0x10, -96, -16, 0x40, 0x70, 0x20, 0x10, 0, 0, 0, 0, 0, 0, 0, 0
@@ -71,16 +71,12 @@ DSOPT_INLINE void widen(const Fp8* p, Vec (&v)[4]) {
   const auto table = [](__m128i t) __attribute__((always_inline)) { return _mm512_maskz_broadcast_i32x4(0xffff, t); };
   // unpacking interleaves the halves of each 16 bytes: what belongs there is brought there first
   const __m512i x = _mm512_maskz_permutexvar_epi64(0xff, _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), _mm512_loadu_si512(p));
-  const __m512i low = _mm512_set1_epi8(0x0f);
-  const __m512i upper = _mm512_and_si512(_mm512_srli_epi16(x, 4), low);
-  const __m512i where = _mm512_shuffle_epi8(table(_mm_setr_epi8(DSOPT_WHERE)), upper);
-  constexpr int and_or = 0xf8, and_xor = 0x78;  // of a | (b & c), a ^ (b & c)
-  const __m512i at = _mm512_ternarylogic_epi32(where, x, low, and_or);
+  const __m512i upper = _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(0x0f));
+  const __m512i at = _mm512_add_epi8(x, _mm512_shuffle_epi8(table(_mm_setr_epi8(DSOPT_WHERE)), upper));
   const __m512i high_difference = _mm512_shuffle_epi8(table(_mm_setr_epi8(DSOPT_HIGH_DIFFERENCE)), at);
   const __m512i low_difference = _mm512_shuffle_epi8(table(_mm_setr_epi8(DSOPT_LOW_DIFFERENCE)), at);
-  const __m512i ones = _mm512_set1_epi8(-1);
-  __m512i high = _mm512_shuffle_epi8(table(_mm_setr_epi8(DSOPT_HIGH)), upper);
-  high = _mm512_mask_mov_epi8(_mm512_xor_si512(high, high_difference), _mm512_cmpeq_epi8_mask(at, ones), ones);
+  const __m512i high = _mm512_xor_si512(_mm512_shuffle_epi8(table(_mm_setr_epi8(DSOPT_HIGH)), upper), high_difference);
+  constexpr int and_xor = 0x78;  // of a ^ (b & c)
   const __m512i lower = _mm512_ternarylogic_epi32(low_difference, _mm512_slli_epi16(x, 4), _mm512_set1_epi8(-16), and_xor);
   const VecU a = (VecU)_mm512_unpacklo_epi8(lower, high), b = (VecU)_mm512_unpackhi_epi8(lower, high);
   v[0] = (Vec)(a << 16), v[1] = (Vec)(a & 0xffff0000u);
@@ -91,13 +87,12 @@ DSOPT_INLINE void widen(const Fp8* p, Vec (&v)[4]) {
   const auto table = [](__m128i t) __attribute__((always_inline)) { return _mm256_broadcastsi128_si256(t); };
   const __m256i x = _mm256_permute4x64_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 0xd8);
   const __m256i mask = _mm256_set1_epi8(0x0f);
-  const __m256i upper = _mm256_and_si256(_mm256_srli_epi16(x, 4), mask), four = _mm256_and_si256(x, mask);
-  const __m256i at = _mm256_or_si256(four, _mm256_shuffle_epi8(table(_mm_setr_epi8(DSOPT_WHERE)), upper));
+  const __m256i upper = _mm256_and_si256(_mm256_srli_epi16(x, 4), mask);
+  const __m256i at = _mm256_add_epi8(x, _mm256_shuffle_epi8(table(_mm_setr_epi8(DSOPT_WHERE)), upper));
   const __m256i high_difference = _mm256_shuffle_epi8(table(_mm_setr_epi8(DSOPT_HIGH_DIFFERENCE)), at);
   const __m256i low_difference = _mm256_shuffle_epi8(table(_mm_setr_epi8(DSOPT_LOW_DIFFERENCE)), at);
-  __m256i high = _mm256_shuffle_epi8(table(_mm_setr_epi8(DSOPT_HIGH)), upper);
-  high = _mm256_or_si256(_mm256_xor_si256(high, high_difference), _mm256_cmpeq_epi8(at, _mm256_set1_epi8(-1)));
-  const __m256i lower = _mm256_xor_si256(_mm256_slli_epi16(four, 4), low_difference);
+  const __m256i high = _mm256_xor_si256(_mm256_shuffle_epi8(table(_mm_setr_epi8(DSOPT_HIGH)), upper), high_difference);
+  const __m256i lower = _mm256_xor_si256(_mm256_slli_epi16(_mm256_and_si256(x, mask), 4), low_difference);
   const VecU a = (VecU)_mm256_unpacklo_epi8(lower, high), b = (VecU)_mm256_unpackhi_epi8(lower, high);
   v[0] = (Vec)(a << 16), v[1] = (Vec)(a & 0xffff0000u);
   v[2] = (Vec)(b << 16), v[3] = (Vec)(b & 0xffff0000u);

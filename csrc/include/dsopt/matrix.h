@@ -96,7 +96,7 @@ DSOPT_INLINE void dot_fp8(Rows<Fp8> w, const float* const* x, int64_t k, float* 
 template <int TOKENS>
 void fp8_rows(Rows<Fp8> w, int64_t rows, const float* const* x, int64_t k, float* out, int64_t out_stride) {
   // as many results as leave room for tables of codes in registers
-  constexpr int tile = TOKENS == 1 ? kRowsOfOne : TOKENS <= 4 ? 4 : 2;
+  constexpr int tile = TOKENS == 1 && kLanes == 16 ? kRowsOfOne : TOKENS <= 4 ? 4 : 2;
   const int64_t tiles = rows / tile;
   const Streams by = streams(w, tiles, tile, k);
   const int64_t next = by.step == 1 ? tile : 1;

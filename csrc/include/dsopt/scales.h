@@ -30,8 +30,8 @@ DSOPT_INLINE float scale_at(const Scales& s, int64_t row, int64_t column) {
 inline void widen_scaled(const Fp8* x, float scale, int64_t n, float* to) {
   const Vec factor = splat(scale);
   Vec v[4];
-  int64_t i = 0;
-  for (; i + kFp8Step <= n; i += kFp8Step) {
+  const int64_t whole = n / kFp8Step * kFp8Step;
+  for (int64_t i = 0; i < whole; i += kFp8Step) {
     widen(x + i, v);
     DSOPT_UNROLL
     for (int half = 0; half < 4; half += 2) {
@@ -39,7 +39,7 @@ inline void widen_scaled(const Fp8* x, float scale, int64_t n, float* to) {
       store(to + i + (half + 1) * kLanes, riffle_high(v[half], v[half + 1]) * factor);
     }
   }
-  for (; i < n; ++i) to[i] = to_float(x[i]) * scale;
+  for (int64_t i = whole; i < n; ++i) to[i] = to_float(x[i]) * scale;
 }
 
 // to[i] = x[i] * its scale, i < n; x is row `row` of what the scales belong to
