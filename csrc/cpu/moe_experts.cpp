@@ -16,9 +16,11 @@ namespace dsopt::DSOPT_VARIANT {
 namespace {
 
 // weight rows that are computed with at once, beside few tokens and beside many: the first matrices' and the last's
-constexpr int64_t kFeatures = 32, kColumns = 64;
+template <class W>
+constexpr int64_t kFeatures = sizeof(W) == 1 ? 64 : 32;
+constexpr int64_t kColumns = 64;
 constexpr int64_t kGemmBlock = round_up(32, kGemmRows);
-static_assert(kColumns <= kMaxRows && kGemmBlock <= kColumns);
+static_assert(kColumns <= kMaxRows && kGemmBlock <= kColumns && kFeatures<Fp8> <= kColumns);
 // choices of an MLP from which turning its weights pays, in a call of many tokens
 constexpr int64_t kGemmPays = 20;
 
@@ -78,7 +80,7 @@ struct Experts {
     threads = team_size(3 * a.hidden * (a.tokens * a.topk * a.routed.intermediate + a.tokens * a.shared.intermediate));
 
     many = a.tokens >= kGemmLeast;
-    block = many ? kGemmBlock : kFeatures;
+    block = many ? kGemmBlock : kFeatures<W>;
     piece = many ? kGemmBlock : kColumns;
     // wide items read the activations less often
     columns = many ? 2 * piece : piece;

@@ -53,34 +53,25 @@ struct Fp8Table {
 };
 constexpr Fp8Table kFp8High{true}, kFp8Low{false};
 
-DSOPT_INLINE void widen(const Fp8* p, Vec (&v)[4]) {
-  // unpacking interleaves the halves of each 16 bytes: what belongs there is brought there first
-  const __m512i x = _mm512_maskz_permutexvar_epi64(0xff, _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), _mm512_loadu_si512(p));
-  const auto look_up = [x](const Fp8Table& t) __attribute__((always_inline)) {
+// the low and the high bytes of the bfloat16s of codes
+DSOPT_INLINE void look_up(__m512i x, __m512i& low, __m512i& high) {
+  const auto bytes = [x](const Fp8Table& t) __attribute__((always_inline)) {
     return _mm512_permutex2var_epi8(_mm512_load_si512(t.bytes), x, _mm512_load_si512(t.bytes + 64));
   };
   constexpr int or_and = 0xea;  // of (a & b) | c
-  const __m512i low = look_up(kFp8Low);
-  const __m512i high = _mm512_ternarylogic_epi32(x, _mm512_set1_epi8(-128), look_up(kFp8High), or_and);
-  const VecU a = (VecU)_mm512_unpacklo_epi8(low, high), b = (VecU)_mm512_unpackhi_epi8(low, high);
-  v[0] = (Vec)(a << 16), v[1] = (Vec)(a & 0xffff0000u);
-  v[2] = (Vec)(b << 16), v[3] = (Vec)(b & 0xffff0000u);
+  low = bytes(kFp8Low);
+  high = _mm512_ternarylogic_epi32(x, _mm512_set1_epi8(-128), bytes(kFp8High), or_and);
 }
 #elif defined(__AVX512F__)
-DSOPT_INLINE void widen(const Fp8* p, Vec (&v)[4]) {
+DSOPT_INLINE void look_up(__m512i x, __m512i& low, __m512i& high) {
   const auto table = [](__m128i t) __attribute__((always_inline)) { return _mm512_maskz_broadcast_i32x4(0xffff, t); };
-  // unpacking interleaves the halves of each 16 bytes: what belongs there is brought there first
-  const __m512i x = _mm512_maskz_permutexvar_epi64(0xff, _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), _mm512_loadu_si512(p));
   const __m512i upper = _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(0x0f));
   const __m512i at = _mm512_add_epi8(x, _mm512_shuffle_epi8(table(_mm_setr_epi8(DSOPT_WHERE)), upper));
   const __m512i high_difference = _mm512_shuffle_epi8(table(_mm_setr_epi8(DSOPT_HIGH_DIFFERENCE)), at);
   const __m512i low_difference = _mm512_shuffle_epi8(table(_mm_setr_epi8(DSOPT_LOW_DIFFERENCE)), at);
-  const __m512i high = _mm512_xor_si512(_mm512_shuffle_epi8(table(_mm_setr_epi8(DSOPT_HIGH)), upper), high_difference);
   constexpr int and_xor = 0x78;  // of a ^ (b & c)
-  const __m512i lower = _mm512_ternarylogic_epi32(low_difference, _mm512_slli_epi16(x, 4), _mm512_set1_epi8(-16), and_xor);
-  const VecU a = (VecU)_mm512_unpacklo_epi8(lower, high), b = (VecU)_mm512_unpackhi_epi8(lower, high);
-  v[0] = (Vec)(a << 16), v[1] = (Vec)(a & 0xffff0000u);
-  v[2] = (Vec)(b << 16), v[3] = (Vec)(b & 0xffff0000u);
+  high = _mm512_xor_si512(_mm512_shuffle_epi8(table(_mm_setr_epi8(DSOPT_HIGH)), upper), high_difference);
+  low = _mm512_ternarylogic_epi32(low_difference, _mm512_slli_epi16(x, 4), _mm512_set1_epi8(-16), and_xor);
 }
 #else
 DSOPT_INLINE void widen(const Fp8* p, Vec (&v)[4]) {
@@ -96,6 +87,29 @@ DSOPT_INLINE void widen(const Fp8* p, Vec (&v)[4]) {
   const VecU a = (VecU)_mm256_unpacklo_epi8(lower, high), b = (VecU)_mm256_unpackhi_epi8(lower, high);
   v[0] = (Vec)(a << 16), v[1] = (Vec)(a & 0xffff0000u);
   v[2] = (Vec)(b << 16), v[3] = (Vec)(b & 0xffff0000u);
+}
+#endif
+#if defined(__AVX512F__)
+DSOPT_INLINE void widen(const Fp8* p, Vec (&v)[4]) {
+  // unpacking interleaves the halves of each 16 bytes: what belongs there is brought there first
+  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+  __m512i low, high;
+  look_up(_mm512_maskz_permutexvar_epi64(0xff, order, _mm512_loadu_si512(p)), low, high);
+  const VecU a = (VecU)_mm512_unpacklo_epi8(low, high), b = (VecU)_mm512_unpackhi_epi8(low, high);
+  v[0] = (Vec)(a << 16), v[1] = (Vec)(a & 0xffff0000u);
+  v[2] = (Vec)(b << 16), v[3] = (Vec)(b & 0xffff0000u);
+}
+
+// v[i] = byte i of every four in x, widened
+DSOPT_INLINE void widen_fours(__m512i x, Vec (&v)[4]) {
+  __m512i low, high;
+  look_up(x, low, high);
+  const __m512i upper = _mm512_set1_epi16(-256);
+  constexpr int choose = 0xca;  // a ? b : c
+  const VecU even = (VecU)_mm512_ternarylogic_epi32(upper, _mm512_slli_epi16(high, 8), low, choose);
+  const VecU odd = (VecU)_mm512_ternarylogic_epi32(upper, high, _mm512_srli_epi16(low, 8), choose);
+  v[0] = (Vec)(even << 16), v[1] = (Vec)(odd << 16);
+  v[2] = (Vec)(even & 0xffff0000u), v[3] = (Vec)(odd & 0xffff0000u);
 }
 #endif
 #undef DSOPT_HIGH

@@ -47,9 +47,12 @@ inline void scale_packed(const float* x, const Scales& s, int64_t row, int64_t k
   }
 }
 
-// out[t * out_stride + r * by.step] = <w[r * by.step], x[t]> for r < ROWS, t < TOKENS; x packed
+// bytes from the weights in use to those that are fetched
+constexpr int64_t kFp8Ahead = 512;
+
+// out[t * out_stride + r * step] = <w[r * step], x[t]> for r < ROWS, t < TOKENS; x packed
 template <int ROWS, int TOKENS>
-DSOPT_INLINE void dot_fp8(Rows<Fp8> w, const float* const* x, int64_t k, float* out, int64_t out_stride, Streams by) {
+DSOPT_INLINE void dot_fp8(Rows<Fp8> w, const float* const* x, int64_t k, float* out, int64_t out_stride, int64_t step) {
   Vec acc[TOKENS][ROWS];
   const Fp8* row[ROWS];
   const float* token[TOKENS];
@@ -60,14 +63,14 @@ DSOPT_INLINE void dot_fp8(Rows<Fp8> w, const float* const* x, int64_t k, float* 
     for (int r = 0; r < ROWS; ++r) acc[t][r] = Vec{};
   }
   DSOPT_UNROLL
-  for (int r = 0; r < ROWS; ++r) row[r] = w.data + r * by.step * w.stride;
+  for (int r = 0; r < ROWS; ++r) row[r] = w.data + r * step * w.stride;
   int64_t at = 0;
   for (; at + kFp8Step <= k; at += kFp8Step) {
     DSOPT_UNROLL
     for (int r = 0; r < ROWS; ++r) {
       Vec v[4];
       widen(row[r], v);
-      __builtin_prefetch(row[r] + by.ahead);
+      __builtin_prefetch(row[r] + kFp8Ahead);
       row[r] += kFp8Step;
       DSOPT_UNROLL
       for (int t = 0; t < TOKENS; ++t) {
@@ -89,7 +92,7 @@ DSOPT_INLINE void dot_fp8(Rows<Fp8> w, const float* const* x, int64_t k, float* 
     }
   }
   DSOPT_UNROLL
-  for (int t = 0; t < TOKENS; ++t) store_sums<ROWS>(acc[t], out + t * out_stride, by.step);
+  for (int t = 0; t < TOKENS; ++t) store_sums<ROWS>(acc[t], out + t * out_stride, step);
 }
 
 // dot_fp8 of any number of rows that share their scales
@@ -98,10 +101,9 @@ void fp8_rows(Rows<Fp8> w, int64_t rows, const float* const* x, int64_t k, float
   // as many results as leave room for tables of codes in registers
   constexpr int tile = TOKENS == 1 && kLanes == 16 ? kRowsOfOne : TOKENS <= 4 ? 4 : 2;
   const int64_t tiles = rows / tile;
-  const Streams by = streams(w, tiles, tile, k);
-  const int64_t next = by.step == 1 ? tile : 1;
-  for (int64_t i = 0; i < tiles; ++i) dot_fp8<tile, TOKENS>(w.from(i * next), x, k, out + i * next, out_stride, by);
-  for (int64_t r = tiles * tile; r < rows; ++r) dot_fp8<1, TOKENS>(w.from(r), x, k, out + r, out_stride, {1, w.stride});
+  // rows of a tile lie apart, so that each goes on into the next tile's: long streams, which the processor foresees
+  for (int64_t i = 0; i < tiles; ++i) dot_fp8<tile, TOKENS>(w.from(i), x, k, out + i, out_stride, tiles);
+  for (int64_t r = tiles * tile; r < rows; ++r) dot_fp8<1, TOKENS>(w.from(r), x, k, out + r, out_stride, 1);
 }
 
 // floats of memory that few_tokens needs beside weights of k columns
@@ -140,6 +142,24 @@ void few_tokens(const Matrix<W>& w, int64_t rows, const typename Packing<W>::Ele
   }
 }
 
+#if defined(__AVX512F__)
+// kFp8Step elements of kLanes weight rows, scaled, as columns of a panel
+inline void turn_fp8(const Fp8* w, int64_t stride, Vec scale, float* panel) {
+  // four neighbours are turned as one and parted afterwards
+  Vec m[kLanes];
+  DSOPT_UNROLL
+  for (int r = 0; r < kLanes; ++r) __builtin_memcpy(&m[r], w + r * stride, sizeof m[r]);
+  transpose(m);
+  DSOPT_UNROLL
+  for (int k = 0; k < kLanes; ++k) {
+    Vec v[4];
+    widen_fours((__m512i)m[k], v);
+    DSOPT_UNROLL
+    for (int i = 0; i < 4; ++i) store(panel + Packing<Fp8>::place(4 * k + i) * kGemmRows, v[i] * scale);
+  }
+}
+#endif
+
 // kFp8Step elements from k on of `rows` weight rows, scaled, as columns of a panel; none from `last` on
 inline void turn_fp8(const Matrix<Fp8>& w, int64_t rows, int64_t k, int64_t last, float* panel) {
   float block[kLanes][kFp8Step];
@@ -147,6 +167,13 @@ inline void turn_fp8(const Matrix<Fp8>& w, int64_t rows, int64_t k, int64_t last
   const bool one = s.columns % kFp8Step == 0;  // scale for all of a row's elements
   const int64_t column = k / s.columns;
   int64_t row = w.first / s.rows, left = s.rows - w.first % s.rows;
+#if defined(__AVX512F__)
+  if (one && rows == kLanes && left >= kLanes && k + kFp8Step <= last) {
+    const Fp8* from = w.rows.data + k;
+    for (int i = 0; i < kLanes; ++i) __builtin_prefetch(from + i * w.rows.stride + 4 * kFp8Step);
+    return turn_fp8(from, w.rows.stride, splat(scale_at(s, row, column)), panel);
+  }
+#endif
   for (int64_t i = 0; i < kLanes; ++i) {
     Vec v[4] = {};
     Fp8 rest[kFp8Step] = {};
