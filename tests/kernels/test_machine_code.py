@@ -36,8 +36,8 @@ FP8_LOOKUP = {
 FOREIGN = {
     "portable": VEX,
     "avx2": r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])\b|%k[0-7]\b",
-    "avx512": r"bf16|^vperm(b|i2b|t2b) ",
-    "avx512_vbmi": r"bf16",
+    "avx512": r"^v\w*bf16|^vperm(b|i2b|t2b) ",
+    "avx512_vbmi": r"^v\w*bf16",
     "avx512_bf16": r"(?!)",
 }
 
