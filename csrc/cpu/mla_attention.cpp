@@ -190,6 +190,7 @@ struct Attention {
   // elements from .. from + n of a latent in FP8, no more than share a scale
   void widen_latent(int64_t b, int64_t t, int64_t from, int64_t n, float* to) const {
     static_assert(kLatentColumns % kWide == 0);
+    if (n == 0) return;  // all of the slice is of the rotary part: there is no scale either
     const Fp8* x = static_cast<const Fp8*>(a.latent.data) + b * a.latent.stride0 + t * a.latent.stride1;
     widen_scaled(x + from, scale_at(scales_of(a.latent_scale, b), t, from / kLatentColumns), n, to);
   }
