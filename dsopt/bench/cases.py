@@ -242,10 +242,11 @@ def _mla_attention(geo: Geometry, sizes: Sizes) -> Iterator[Case]:
         r = geo.data.random(i)
         q = r(sizes.batch, new, heads, nope + rope).transpose(1, 2)
         kv_b = r(heads, nope + value, rank, scale=rank**-0.5)
-        return (
+        args = (
             q[..., :nope], q[..., nope:], r(sizes.batch, keys, rank), r(sizes.batch, keys, rope),
             kv_b[:, :nope], kv_b[:, nope:], _mask(sizes, geo.data.device), (nope + rope) ** -0.5, causal,
         )  # fmt: skip
+        return OPS["mla_attention"].bind(args)
 
     yield Case(OPS["mla_attention"], f"{heads} heads", sizes, make, witness=_some_queries)
 
@@ -301,10 +302,10 @@ def _picked(
 
 def _some_queries(args: tuple) -> tuple[tuple, Callable]:
     """The first, middle and last query of the first sequence."""
-    q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal = args
+    q_nope, q_rope, latent, k_rope, w_uk, w_uv, mask, scale, is_causal, *rest = args
     rows, mask = _picked(q_nope.shape[2], latent.shape[1], mask, is_causal, q_nope.device)
     q = q_nope[:1, :, rows], q_rope[:1, :, rows]
-    small = *q, latent[:1], k_rope[:1], w_uk, w_uv, mask, scale, False
+    small = *q, latent[:1], k_rope[:1], w_uk, w_uv, mask, scale, False, *rest
     return small, lambda results: [y[:1, rows] for y in results]
 
 

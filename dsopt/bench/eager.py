@@ -61,6 +61,7 @@ def mla_attention(
     mask: torch.Tensor | None,
     scale: float,
     is_causal: bool = False,
+    *_,
 ) -> torch.Tensor:
     """Keys and values of every head made from the latent, then fused attention, as in transformers.
 

@@ -64,7 +64,7 @@ def close(got, args):
 
 
 def absorbed(args, splits, use=FEW):
-    *operands, mask, scale, is_causal = mla_attention.bind(args)
+    *operands, mask, scale, is_causal = mla_attention.bind(args)[:9]
     batch, _, new, _ = operands[0].shape
     with triton_interpreter(), poisoned():
         seen = prepare_mask(mask, batch, new, operands[2].shape[1])
@@ -72,7 +72,7 @@ def absorbed(args, splits, use=FEW):
 
 
 def expanded(args, use=MANY):
-    *operands, mask, scale, is_causal = mla_attention.bind(args)
+    *operands, mask, scale, is_causal = mla_attention.bind(args)[:9]
     batch, _, new, _ = operands[0].shape
     with triton_interpreter(), poisoned():
         seen = prepare_mask(mask, batch, new, operands[2].shape[1])

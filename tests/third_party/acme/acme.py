@@ -16,7 +16,7 @@ def _plan_norm(x, weight, eps):
 
 
 def _plan_mlp(*args):
-    def gated_mlp(x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation, limit):
+    def gated_mlp(x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation, limit, *_):
         h = F.silu(F.linear(x, w_gate, b_gate)) * F.linear(x, w_up, b_up)
         return F.linear(h, w_down, b_down).contiguous()
 
@@ -24,7 +24,9 @@ def _plan_mlp(*args):
 
 
 def _check_mlp(*args):
-    activation, limit = args[7:]
+    activation, limit, *scales, _ = args[7:]
+    if any(scale is not None for scale in scales):
+        return "reads no weights in FP8"
     return None if (activation, limit) == ("silu", None) else "computes silu without a limit"
 
 
