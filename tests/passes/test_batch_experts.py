@@ -23,7 +23,6 @@ from torch.nn import functional as F
 from dsopt.ops.experts import moe_experts, moe_experts_reference
 from dsopt.testing import exported, rand, relative_l2, rewritten
 
-
 PASSES = ("canonicalize", "batch_experts", "canonicalize")
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2}
 
